@@ -1,0 +1,49 @@
+"""The front door: `cotwin COMMAND key=value ...`. Each command is one module with a `main(argv)`."""
+
+import difflib
+import importlib
+import os
+import sys
+
+COMMANDS = {
+    "demo": ("learner.demo", "the whole loop on this machine, ending in a report"),
+    "cell": ("sim.stand_in.server", "the stand-in cell: an emulated FR3, hand, cube and plate"),
+    "up": ("robot.up", "start the nodes of a launch file: cotwin up launch/robot.launch.yaml arg:=value"),
+    "record": ("robot.record", "record demonstrations to a LeRobot data set"),
+    "eval": ("robot.evaluate", "evaluate a policy server on the robot or the stand-in cell"),
+    "twin-demos": ("sim.twin.demos", "scripted demonstrations in the twin to a LeRobot data set"),
+    "sft": ("learner.sft", "Stage I: supervised training on real and twin demonstrations"),
+    "train": ("learner.train", "Stage II: PPO in the twin with an SFT term on real demonstrations"),
+    "twin-eval": ("learner.twin_eval", "evaluate a checkpoint in the twin"),
+    "serve": ("learner.serve", "policy server: answers observations with action chunks, swaps checkpoints"),
+    "push": ("learner.push", "announce a checkpoint bundle and deliver it to policy servers"),
+    "report": ("learner.report", "write runs/<name>/report.html from what the stages measured"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "usage: cotwin COMMAND [key=value ...]   (cotwin COMMAND --help for its keys)\n\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        print(f"error: unknown command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""), file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        return 2
+    # Nothing leaves the machine unless its user says so: ROS discovery on loopback, no hub, no usage statistics.
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
