@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,33 +23,39 @@ def load(name: str, schema: type[Config], overrides: list[str] | None = None) ->
     """Raises ValueError for an unknown key, a wrong type or a bad value, naming key, value and what was allowed."""
     keys = leaf_keys(OmegaConf.structured(schema))
     groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
-    for override in overrides or []:
-        key = override.split("=", 1)[0].lstrip("+~")
-        if "=" not in override:
-            raise ValueError(f"{override!r}: overrides look like key=value")
-        if override.startswith(("+", "~")):
-            raise ValueError(f"{override!r}: keys cannot be added or removed, only set (key=value)")
-        if key not in keys and key not in groups and not any(k.startswith(key + ".") or _free(key, keys) for k in keys):
-            near = difflib.get_close_matches(key, keys + groups, n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"{name}: unknown key {key!r}.{hint}")
+    choices, settings = [], []
+    for text in overrides or []:
+        if "=" not in text or text.startswith(("+", "~")):
+            raise ValueError(f"{name}: {text!r}: overrides look like key=value; keys are neither added nor removed")
+        key = text.split("=", 1)[0]
+        if key in groups:
+            choices.append(text)
+        elif key in keys or _inside_mapping(key, keys):
+            settings.append(text)
+        else:
+            raise ValueError(f"{name}: unknown key {key!r}.{_did_you_mean(key, keys + groups)}")
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = compose(name, overrides=list(overrides or []))
+            composed = compose(name, overrides=choices)
         OmegaConf.set_struct(composed, False)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
+        config = OmegaConf.merge(OmegaConf.structured(schema), composed)
+        for setting in OverridesParser.create().parse_overrides(settings):
+            OmegaConf.update(config, setting.key_or_group, setting.value())
+        return OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None)
-        near = difflib.get_close_matches(str(key), keys, n=3, cutoff=0.5) if key else []
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}{hint}") from error
+        hint = _did_you_mean(str(key), keys) if key and key not in keys else ""
+        where = f" (key {key!r})" if key else ""
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}{where}{hint}") from error
 
 
 def command_line(name: str, schema: type[Config], argv: list[str], about: str) -> Config:
     """`load` for entry points: prints help or a one-line error and exits instead of raising."""
     if "-h" in argv or "--help" in argv:
         print(f"usage: cotwin {name} [key=value ...]\n\n{(about or '').strip()}\n\nkeys and defaults:")
-        print("\n".join(f"  {line}" for line in OmegaConf.to_yaml(OmegaConf.structured(load(name, schema))).splitlines()))
+        print(
+            "\n".join(f"  {line}" for line in OmegaConf.to_yaml(OmegaConf.structured(load(name, schema))).splitlines())
+        )
         sys.exit(0)
     try:
         return load(name, schema, argv)
@@ -74,13 +81,12 @@ def leaf_keys(node: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _free(key: str, keys: list[str]) -> bool:
-    """Keys inside a free mapping (dict-typed field, e.g. `embodiment.cameras.wrist.fx`) are checked when merging."""
-    parent = key.rsplit(".", 1)[0]
-    while parent != key:
-        if parent in keys and not any(k.startswith(parent + ".") for k in keys):
-            return True
-        key, parent = parent, parent.rsplit(".", 1)[0]
-    return False
+def _did_you_mean(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def _inside_mapping(key: str, keys: list[str]) -> bool:
+    """Whether `key` lies in a dict-typed field (`embodiment.cameras.wrist.fx`), whose names the schema cannot list."""
+    parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
+    return any(p in keys and not any(k.startswith(p + ".") for k in keys) for p in parents)
