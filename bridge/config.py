@@ -7,7 +7,7 @@ A key that neither knows is a ValueError with a suggestion.
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,10 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-Config = TypeVar("Config")
 
 
-def load(name: str, schema: type[Config], overrides: list[str] | None = None) -> Config:
+def load[Config](name: str, schema: type[Config], overrides: list[str] | None = None) -> Config:
     """Raises ValueError for an unknown key, a wrong type or a bad value, naming key, value and what was allowed."""
     keys = leaf_keys(OmegaConf.structured(schema))
     groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
@@ -49,7 +48,7 @@ def load(name: str, schema: type[Config], overrides: list[str] | None = None) ->
         raise ValueError(f"{name}: {str(error).splitlines()[0]}{where}{hint}") from error
 
 
-def command_line(name: str, schema: type[Config], argv: list[str], about: str) -> Config:
+def command_line[Config](name: str, schema: type[Config], argv: list[str], about: str) -> Config:
     """`load` for entry points: prints help or a one-line error and exits instead of raising."""
     if "-h" in argv or "--help" in argv:
         print(f"usage: cotwin {name} [key=value ...]\n\n{(about or '').strip()}\n\nkeys and defaults:")

@@ -121,7 +121,7 @@ def rotation_angle(R: np.ndarray) -> np.ndarray:
 
 
 def state_vector(T_base_tcp: np.ndarray, gripper_opening_m: float | np.ndarray) -> np.ndarray:
-    """The observation's `state`, float32 [..., 7]: TCP position, roll pitch yaw (roll in [0, 2 pi)), gripper opening."""
+    """The observation's `state`, float32 [..., 7]: TCP position, rpy (roll in [0, 2 pi)), gripper opening."""
     rpy = rpy_from_matrix(T_base_tcp[..., :3, :3], roll_from_zero=True)
     opening = np.broadcast_to(np.asarray(gripper_opening_m, dtype=np.float64), rpy.shape[:-1])[..., None]
     return np.concatenate([T_base_tcp[..., :3, 3], rpy, opening], axis=-1).astype(np.float32)

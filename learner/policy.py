@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class ObservationBatch:
-    """images: uint8 [B, H, W, 3] RGB for each camera; state: float32 [B, 7] in the contract's units; instruction: B strings."""
+    """images: uint8 [B, H, W, 3] RGB for each camera; state: float32 [B, 7], contract units; instruction: B strings."""
 
     images: dict[str, Tensor]
     state: Tensor
@@ -29,7 +29,7 @@ class ObservationBatch:
 
 @dataclass
 class SftBatch:
-    """Demonstrations. actions: float32 [B, H, 7] in the contract's units; is_pad: bool [B, H], True past the episode's end."""
+    """Demonstrations. actions: float32 [B, H, 7], contract units; is_pad: bool [B, H], True past the episode's end."""
 
     observation: ObservationBatch
     actions: Tensor
@@ -41,8 +41,8 @@ class Sample:
     """One stochastic chunk and all that PPO needs to score it again.
 
     actions: float32 [B, H, 7], contract units, not clipped to the action limits. chain: float32 [B, K+1, H, D], the
-    denoising path in model units from noise to actions. denoise_index: int64 [B, K] which step(s) were stochastic (all of
-    them in joint mode; one value repeated otherwise). log_prob: float32 [B, C, d] of the first C actions, d real dims.
+    denoising path in model units from noise to actions. denoise_index: int64 [B, K] which steps were stochastic (all
+    of them in joint mode; one value repeated otherwise). log_prob: float32 [B, C, d] of the first C actions, d real dims.
     value: float32 [B] (zeros without a value head). prepared: what `prepare` returned, to be passed back.
     """
 
