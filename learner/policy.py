@@ -42,7 +42,7 @@ class Sample:
 
     actions: float32 [B, H, 7], contract units, not clipped to the action limits. chain: float32 [B, K+1, H, D], the
     denoising path in model units from noise to actions. denoise_index: int64 [B, K] which steps were stochastic (all
-    of them in joint mode; one value repeated otherwise). log_prob: float32 [B, C, d] of the first C actions, d real dims.
+    of them in joint mode; one value repeated otherwise). log_prob: float32 [B, C, d] of the first C actions
     value: float32 [B] (zeros without a value head). prepared: what `prepare` returned, to be passed back.
     """
 

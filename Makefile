@@ -1,0 +1,24 @@
+# Two commands do all: `make demo` and `make test`. Both install what is missing first (see .ci/setup).
+.PHONY: help setup demo test check bench clean
+help:
+	@echo "make demo    the whole loop on this machine's CPU, ending in runs/demo/report.html"
+	@echo "make test    all tests that need no GPU"
+	@echo "make check   lint and types"
+	@echo "make setup   install what is missing (the others do this by themselves)"
+
+setup:
+	@.ci/setup
+
+demo: setup
+	@.venv/bin/cotwin demo $(ARGS)
+
+test: setup
+	@.venv/bin/python -m pytest $(ARGS)
+
+check: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ty check
+
+clean:
+	rm -rf .venv .tools build *.egg-info
