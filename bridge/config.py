@@ -7,7 +7,7 @@ A key that neither knows is a ValueError with a suggestion.
 import difflib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -40,7 +40,7 @@ def load[Config](name: str, schema: type[Config], overrides: list[str] | None = 
         config = OmegaConf.merge(OmegaConf.structured(schema), composed)
         for setting in OverridesParser.create().parse_overrides(settings):
             OmegaConf.update(config, setting.key_or_group, setting.value())
-        return OmegaConf.to_object(config)
+        return cast(Config, OmegaConf.to_object(config))
     except (HydraException, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None)
         hint = _did_you_mean(str(key), keys) if key and key not in keys else ""

@@ -96,8 +96,9 @@ class Embodiment:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - known):
             raise ValueError(f"embodiment contract has unknown fields {unknown}; known are {sorted(known)}")
-        cameras = {name: Camera(**camera) for name, camera in data.get("cameras", {}).items()}
-        return cls(**{**data, "cameras": cameras})
+        fields = dict(data)
+        fields["cameras"] = {name: Camera(**camera) for name, camera in data.get("cameras", {}).items()}
+        return cls(**fields)
 
     @property
     def contract_hash(self) -> str:
