@@ -1,0 +1,387 @@
+"""A LeRobotDataset v3 that is whole at every moment, written without LeRobot.
+
+One Parquet file, one MP4 for each camera and one line of the episode table for each episode, nothing is ever appended to.
+Order of an append: videos, rows, record, task list, **episode table file** (from here on the episode exists), statistics,
+`info.json`. What a killed process left before that point is removed by the next `open`, after it is completed. A reader
+trusts `info.json`, written last and in one step, so it never sees half an episode.
+
+    store = DatasetStore.open_or_create(root, "lab/cube_on_plate", embodiment, fps=30)
+    writer = EpisodeWriter(spool / "0001", embodiment, 30, "pick up the cube", domain="real")
+    writer.add(images, row); ...; store.append(writer.close(success=True))
+"""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bridge import durable
+from bridge.dataset_schema import CODEBASE_VERSION, features, image_key
+from bridge.embodiment import Embodiment
+from bridge.episode import (
+    ROWS_FILE,
+    EpisodeRecord,
+    EpisodeWriter,
+    check_fps,
+    from_table,
+    read_record,
+    to_table,
+    verify_files,
+)
+from bridge.errors import CorruptData, SchemaMismatch
+from bridge.statistics import column_stats, pixel_stats
+from bridge.video import OPTIONS, PIXEL_FORMAT, decode_frames
+
+__all__ = ["DatasetStore", "EpisodeWriter", "decode_frames", "read_episode", "video_path"]
+
+CHUNK = 1000  # files in one folder
+FILE = "chunk-{:03d}/file-{:03d}"
+INFO, STATS, TASKS, CONTRACT = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/contract.json"
+RECORDS = "meta/episode_records"  # the episode.json of each episode: identity, contract, picture histograms
+CARD = """---
+task_categories: [robotics]
+tags: [LeRobot]
+configs: [{{config_name: default, data_files: data/*/*.parquet}}]
+---
+# {repo_id}
+
+LeRobotDataset v3 of a {robot}: `LeRobotDataset("{repo_id}", root=THIS_FOLDER, video_backend="pyav")`.
+`meta/contract.json` says what the numbers mean; the episode table says domain and success of every episode.
+"""
+INDEX_FEATURES = {
+    "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
+    "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
+    "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
+    "index": {"dtype": "int64", "shape": (1,), "names": None},
+    "task_index": {"dtype": "int64", "shape": (1,), "names": None},
+}
+
+
+def read_episode(root: Path, index: int) -> dict[str, np.ndarray]:
+    """All rows of one episode: [N] for scalars, [N, D] for vectors. IndexError when there is no such episode."""
+    path = root / _data_file(index)
+    if index < 0 or not path.is_file():
+        raise IndexError(f"{root} has no episode {index}")
+    return from_table(pq.read_table(path))
+
+
+def video_path(root: Path, camera: str, index: int) -> Path:
+    """The MP4 of one camera of one episode; frame k belongs to row k."""
+    return root / "videos" / image_key(camera) / (_file(index) + ".mp4")
+
+
+class DatasetStore:
+    """Use `create`, `open` or `open_or_create`. Several processes may hold the same data set: every append takes a
+    file lock and first reads what others added. Not for several threads at once."""
+
+    def __init__(self, root: Path, embodiment: Embodiment, info: dict[str, Any]):
+        self.root, self.embodiment, self._info = root, embodiment, info
+        self._episodes: list[dict[str, Any]] = []  # our lines of the episode table
+        self._columns: dict[str, list[np.ndarray]] = {}  # every episode's rows, read when first needed
+        self._histograms: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def create(
+        cls,
+        root: Path,
+        repo_id: str,
+        embodiment: Embodiment,
+        fps: int,
+        image_size: tuple[int, int] | None = None,
+    ) -> "DatasetStore":
+        """An empty data set. `image_size` (height, width) where pictures are smaller than the cameras' own.
+        ValueError when `root` already holds one or `fps` does not fit the contract."""
+        if (root / INFO).exists():
+            raise ValueError(f"{root} already holds a data set; open it or choose another folder")
+        check_fps(fps, embodiment)
+        durable.make_folder(root / RECORDS)
+        durable.write_text(root / "README.md", CARD.format(repo_id=repo_id, robot=embodiment.name))
+        durable.write_text(root / CONTRACT, _json(embodiment.to_dict()))
+        durable.write_text(root / INFO, _json(_new_info(embodiment, fps, image_size)))
+        return cls.open(root, embodiment)
+
+    @classmethod
+    def open(cls, root: Path, embodiment: Embodiment | None = None) -> "DatasetStore":
+        """Open and repair what a killed process left. ValueError when there is no data set; SchemaMismatch, naming the
+        field, when it was made for another contract than `embodiment`."""
+        if not (root / INFO).is_file() or not (root / CONTRACT).is_file():
+            raise ValueError(f"{root} is no data set ({INFO} or {CONTRACT} is missing)")
+        theirs = Embodiment.load(root / CONTRACT)
+        if embodiment is not None:
+            embodiment.require_same(theirs, f"data set {root}")
+        store = cls(root, theirs, json.loads((root / INFO).read_text()))
+        with store._locked():
+            store._repair()
+        return store
+
+    @classmethod
+    def open_or_create(
+        cls,
+        root: Path,
+        repo_id: str,
+        embodiment: Embodiment,
+        fps: int,
+        image_size: tuple[int, int] | None = None,
+    ) -> "DatasetStore":
+        """`open`, or `create` where there is none. SchemaMismatch also for another fps or picture size."""
+        if not (root / INFO).exists():
+            return cls.create(root, repo_id, embodiment, fps, image_size)
+        store = cls.open(root, embodiment)
+        store._require_fits(fps, image_size, f"the recording for {root}")
+        return store
+
+    @property
+    def fps(self) -> int:
+        return self._info["fps"]
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self._episodes)
+
+    @property
+    def num_frames(self) -> int:
+        return self._episodes[-1]["dataset_to_index"] if self._episodes else 0
+
+    @property
+    def tasks(self) -> list[str]:
+        """Instructions in the order of their task index."""
+        return list(dict.fromkeys(task for episode in self._episodes for task in episode["tasks"]))
+
+    def uuids(self) -> set[str]:
+        return {episode["uuid"] for episode in self._episodes}
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """For each episode: episode_index, uuid, length, tasks, domain, success, dataset_from_index, ..."""
+        return [dict(episode) for episode in self._episodes]
+
+    def summary(self) -> dict[str, Any]:
+        domains = [episode["domain"] for episode in self._episodes]
+        return {
+            "episodes": self.num_episodes,
+            "successes": sum(episode["success"] for episode in self._episodes),
+            "frames": self.num_frames,
+            "seconds": self.num_frames / self.fps,
+            "fps": self.fps,
+            "domains": {domain: domains.count(domain) for domain in sorted(set(domains))},
+            "tasks": self.tasks,
+            "contract_hash": self.embodiment.contract_hash,
+        }
+
+    def append(self, folder: Path) -> int:
+        """Store one finished episode folder (which stays) and return its index; durable when this returns.
+
+        An episode that is already here (by uuid) is not stored again. Raises SchemaMismatch, naming the field, for
+        another contract, fps or picture size, and CorruptData for a damaged folder.
+        """
+        record = read_record(folder)
+        with self._locked():
+            self._read_new_episodes()
+            for episode in self._episodes:
+                if episode["uuid"] == record.uuid:
+                    return episode["episode_index"]
+            self._check(folder, record)
+            line, rows = self._store_files(folder, record)
+            _write_table(self.root / _episode_file(self.num_episodes), pa.Table.from_pylist([line]))
+            self._remember(line, rows, record)
+            self._write_summaries()
+        return line["episode_index"]
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def _check(self, folder: Path, record: EpisodeRecord) -> None:
+        self.embodiment.require_same(record.embodiment, f"episode {folder}")
+        self._require_fits(record.fps, record.image_size, f"episode {folder}")
+        verify_files(folder, record)
+        num_rows = pq.read_metadata(folder / ROWS_FILE).num_rows
+        if num_rows != record.num_rows:
+            raise CorruptData(f"{folder} says {record.num_rows} rows and has {num_rows}")
+
+    def _require_fits(self, fps: int, image_size: Any, what: str) -> None:
+        if fps != self.fps:
+            raise SchemaMismatch(f"{what} has fps {fps}, data set {self.root} has fps {self.fps}")
+        ours = {key: list(f["shape"]) for key, f in self._info["features"].items() if f["dtype"] == "video"}
+        theirs = {key: list(f["shape"]) for key, f in features(self.embodiment, image_size).items() if key in ours}
+        for key, shape in theirs.items():
+            if shape != ours[key]:
+                raise SchemaMismatch(f"{what} has {key} of shape {shape}, data set {self.root} has {ours[key]}")
+
+    def _store_files(self, folder: Path, record: EpisodeRecord) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Put videos, rows, record and task in place; returns the episode's line and its rows."""
+        index = self.num_episodes
+        for camera in self.embodiment.cameras:
+            target = video_path(self.root, camera, index)
+            durable.make_folder(target.parent)
+            durable.place(folder / f"{camera}.mp4", target)
+        rows = self._with_indices(from_table(pq.read_table(folder / ROWS_FILE)), record)
+        columns = {key: f for key, f in self._info["features"].items() if f["dtype"] != "video"}
+        _write_table(self.root / _data_file(index), to_table(rows, columns))
+        durable.write_text(self._record_path(index), record.to_json())
+        if record.instruction not in self.tasks:
+            _write_tasks(self.root / TASKS, [*self.tasks, record.instruction])
+        return self._line(record, rows), rows
+
+    def _with_indices(self, rows: dict[str, np.ndarray], record: EpisodeRecord) -> dict[str, np.ndarray]:
+        frame_index = np.arange(record.num_rows)
+        tasks = [*self.tasks, record.instruction]
+        return rows | {
+            "timestamp": (frame_index / self.fps).astype(np.float32),
+            "frame_index": frame_index,
+            "episode_index": np.full(record.num_rows, self.num_episodes),
+            "index": self.num_frames + frame_index,
+            "task_index": np.full(record.num_rows, tasks.index(record.instruction)),
+        }
+
+    def _line(self, record: EpisodeRecord, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The episode table's line: what LeRobot reads, its statistics, and who, where and how it ended."""
+        chunk, file = divmod(self.num_episodes, CHUNK)
+        line: dict[str, Any] = {
+            "episode_index": self.num_episodes,
+            "tasks": [record.instruction],
+            "length": record.num_rows,
+            "dataset_from_index": self.num_frames,
+            "dataset_to_index": self.num_frames + record.num_rows,
+            "data/chunk_index": chunk,
+            "data/file_index": file,
+            "meta/episodes/chunk_index": chunk,
+            "meta/episodes/file_index": file,
+            "uuid": record.uuid,
+            "domain": record.domain,
+            "success": record.success,
+        }
+        for camera in self.embodiment.cameras:
+            place = f"videos/{image_key(camera)}"
+            line |= {f"{place}/chunk_index": chunk, f"{place}/file_index": file}
+            line |= {f"{place}/from_timestamp": 0.0, f"{place}/to_timestamp": record.duration_s}
+        stats = {key: column_stats(values) for key, values in rows.items()}
+        for camera, histogram in record.pixel_histograms.items():
+            stats[image_key(camera)] = pixel_stats(np.array(histogram), record.num_rows)
+        return line | {f"stats/{key}/{name}": v.tolist() for key, s in stats.items() for name, v in s.items()}
+
+    def _remember(self, line: dict[str, Any], rows: dict[str, np.ndarray], record: EpisodeRecord) -> None:
+        if len(self._columns.get("index", [])) == self.num_episodes:  # else they are read when statistics need them
+            for key, values in rows.items():
+                self._columns.setdefault(key, []).append(values)
+            self._add_histograms(record)
+        self._episodes.append({key: value for key, value in line.items() if not key.startswith("stats/")})
+
+    def _add_histograms(self, record: EpisodeRecord) -> None:
+        for camera, counts in record.pixel_histograms.items():
+            self._histograms[camera] = self._histograms.get(camera, 0) + np.array(counts)
+
+    def _write_summaries(self) -> None:
+        """`stats.json` over all rows, then `info.json`, which makes the new episodes visible to readers."""
+        for index in range(len(self._columns.get("index", [])), self.num_episodes):
+            for key, values in read_episode(self.root, index).items():
+                self._columns.setdefault(key, []).append(values)
+            self._add_histograms(EpisodeRecord(**json.loads(self._record_path(index).read_text())))
+        if self._episodes:
+            stats = {key: column_stats(np.concatenate(parts)) for key, parts in self._columns.items()}
+            for camera, histogram in self._histograms.items():
+                stats[image_key(camera)] = pixel_stats(histogram, self.num_frames)
+            plain = {key: {name: value.tolist() for name, value in s.items()} for key, s in stats.items()}
+            durable.write_text(self.root / STATS, _json(plain))
+        counts = {"total_episodes": self.num_episodes, "total_frames": self.num_frames, "total_tasks": len(self.tasks)}
+        self._info |= counts | {"splits": {"train": f"0:{self.num_episodes}"}}
+        durable.write_text(self.root / INFO, _json(self._info))
+
+    # --- opening -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.root / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a kill
+            yield
+
+    def _read_new_episodes(self) -> None:
+        while (path := self.root / _episode_file(self.num_episodes)).is_file():
+            names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+            (line,) = pq.read_table(path, columns=names).to_pylist()
+            if line["episode_index"] != self.num_episodes or line["dataset_from_index"] != self.num_frames:
+                raise CorruptData(f"{path} does not follow episode {self.num_episodes - 1}")
+            self._episodes.append(line)
+
+    def _repair(self) -> None:
+        self._read_new_episodes()
+        for path in self.root.rglob("*" + durable.UNFINISHED):
+            path.unlink()
+        orphan = self.num_episodes  # an append that did not reach the episode table is at most one
+        leftovers = [video_path(self.root, camera, orphan) for camera in self.embodiment.cameras]
+        for path in [*leftovers, self.root / _data_file(orphan), self._record_path(orphan)]:
+            path.unlink(missing_ok=True)
+        if self._info["total_episodes"] != self.num_episodes:
+            self._write_summaries()
+
+    def _record_path(self, index: int) -> Path:
+        return self.root / RECORDS / f"episode-{index:06d}.json"
+
+
+def _file(index: int) -> str:
+    return FILE.format(*divmod(index, CHUNK))
+
+
+def _data_file(index: int) -> str:
+    return f"data/{_file(index)}.parquet"
+
+
+def _episode_file(index: int) -> str:
+    return f"meta/episodes/{_file(index)}.parquet"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=4, allow_nan=False) + "\n"
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    durable.make_folder(path.parent)
+    durable.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def _write_tasks(path: Path, tasks: list[str]) -> None:
+    """LeRobot reads the instruction from the index of a pandas frame."""
+    import pandas as pd
+
+    frame = pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(tasks, name="task"))
+    durable.write_bytes(path, frame.to_parquet())
+
+
+def _new_info(embodiment: Embodiment, fps: int, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    all_features = features(embodiment, image_size) | INDEX_FEATURES
+    for feature in all_features.values():
+        if feature["dtype"] == "video":
+            height, width, channels = feature["shape"]
+            feature["info"] = {
+                "video.height": height,
+                "video.width": width,
+                "video.channels": channels,
+                "video.codec": "h264",
+                "video.pix_fmt": PIXEL_FORMAT,
+                "video.fps": fps,
+                "video.g": int(OPTIONS["g"]),
+                "video.crf": int(OPTIONS["crf"]),
+                "video.preset": OPTIONS["preset"],
+                "is_depth_map": False,
+                "has_audio": False,
+            }
+    return {
+        "codebase_version": CODEBASE_VERSION,
+        "robot_type": embodiment.name,
+        "total_episodes": 0,
+        "total_frames": 0,
+        "total_tasks": 0,
+        "chunks_size": CHUNK,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": int(fps),
+        "splits": {},
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+        "features": {key: feature | {"shape": list(feature["shape"])} for key, feature in all_features.items()},
+    }
