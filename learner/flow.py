@@ -1,7 +1,7 @@
 """Flow matching as a Markov policy: denoising steps whose transitions have a density.
 
-Time runs from 1 (noise) to 0 (actions): x_t = t * noise + (1 - t) * actions, velocity v = noise - actions. One step from
-t to s = t - 1/K draws, element-wise independent,
+Time runs from 1 (noise) to 0 (actions): x_t = t * noise + (1 - t) * actions, velocity v = noise - actions. One step
+from t to s = t - 1/K draws, element-wise independent,
 
     next ~ N(w0 * x0 + w1 * x1, std^2),   x0 = x - t v (data estimate),   x1 = x + (1 - t) v (noise estimate)
 
@@ -29,7 +29,7 @@ LEVELS = ("token", "action", "chunk")
 ALIASES = {"reinflow": "flow_noise"}
 
 Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x [N, H, D], t [N]) -> velocity [N, H, D] and features [N, H, width] (whatever the noise head and the critic read)."""
+"""(x [N, H, D], t [N]) -> velocity [N, H, D] and features [N, H, width] that the noise head and the critic read."""
 
 NoiseStd = Callable[[Tensor], Tensor]
 """features [N, H, width] -> std [N, H, D] of flow_noise."""
@@ -187,7 +187,7 @@ def sample_chain(
     noise_std: NoiseStd | None = None,
     generator: torch.Generator | None = None,
 ) -> Chain:
-    """Denoise `noise` float32 [B, H, D] with exploration. Steps not named by the drawn index are deterministic (ODE)."""
+    """Denoise `noise` float32 [B, H, D] with exploration. Steps that the drawn index does not name are Euler steps."""
     batch, device = noise.shape[0], noise.device
     index = draw_denoise_index(config, batch, generator, device)
     states, features, log_probs = [noise], [], []

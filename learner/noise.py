@@ -1,5 +1,6 @@
 """The learned exploration noise of flow_noise (ReinFlow): a small MLP on the action expert's features."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class NoiseHead(nn.Module):
         super().__init__()
         sizes = [width, *config.hidden, action_dim]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.log_var_min = 2 * math.log(config.std_min)

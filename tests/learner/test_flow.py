@@ -42,14 +42,14 @@ FLOW_SDE = [  # K, a, i, std, w0, w1
 ]
 
 
-@pytest.mark.parametrize("num_steps, level, index, std, w0, w1", FLOW_SDE)
+@pytest.mark.parametrize(("num_steps", "level", "index", "std", "w0", "w1"), FLOW_SDE)
 def test_flow_sde_golden(num_steps, level, index, std, w0, w1):
     step = transition("flow_sde", num_steps, index, level)
     assert step.std is not None
     assert [step.std.item(), step.w0.item(), step.w1.item()] == pytest.approx([std, w0, w1], abs=2e-6)
 
 
-@pytest.mark.parametrize("index, value", [(0, 0.530330), (1, 0.353553), (2, 0.176777), (3, 0.0)])
+@pytest.mark.parametrize(("index", "value"), [(0, 0.530330), (1, 0.353553), (2, 0.176777), (3, 0.0)])
 def test_flow_cps_golden(index, value):
     step = transition("flow_cps", 4, index, 0.5)
     assert step.std is not None
@@ -65,7 +65,8 @@ def test_ode_kernel_is_forward_euler():
 
 def test_noise_head_range_and_entropy_golden():
     head = NoiseHead(8, 3, NoiseConfig())
-    assert head(torch.randn(4, 2, 8) * 100).min() >= 0.08 - 1e-6 and head(torch.randn(4, 2, 8)).max() <= 0.16 + 1e-6
+    assert head(torch.randn(4, 2, 8) * 100).min() >= 0.08 - 1e-6
+    assert head(torch.randn(4, 2, 8)).max() <= 0.16 + 1e-6
     torch.nn.init.zeros_(head.mlp[-1].weight)
     torch.nn.init.zeros_(head.mlp[-1].bias)
     std = head(torch.randn(1, 1, 8))
@@ -81,7 +82,8 @@ def test_density_matches_torch_and_zero_std_is_exactly_nothing():
     silent = gaussian_log_prob(value, mean, torch.zeros(5))
     assert silent.tolist() == [0.0] * 5
     silent.sum().backward()
-    assert mean.grad is not None and mean.grad.tolist() == [0.0] * 5
+    assert mean.grad is not None
+    assert mean.grad.tolist() == [0.0] * 5
     assert gaussian_entropy(torch.zeros(2)).tolist() == [0.0, 0.0]
 
 
@@ -105,7 +107,7 @@ def test_scores_of_a_chain_equal_those_of_its_rollout(method, joint):
         assert not torch.allclose(other.log_prob, chain.log_prob)
 
 
-@pytest.mark.parametrize("method, joint", [("flow_sde", True), ("flow_cps", True), ("flow_noise", True)])
+@pytest.mark.parametrize(("method", "joint"), [("flow_sde", True), ("flow_cps", True), ("flow_noise", True)])
 def test_samples_follow_the_density_that_log_prob_states(method, joint):
     """Importance identity: E_p[q(x) / p(x)] = 1 with both densities from log_prob at temperature 1, and the mean of
     -log p is the sum of the entropies."""
@@ -128,7 +130,8 @@ def test_sampled_step_has_the_stated_moments():
     step = transition("flow_sde", 2, 0, 0.5)
     mean = step_mean(noise[:1], linear_velocity()(noise[:1], torch.ones(1))[0], step)
     assert chain.states[:, 1].mean().item() == pytest.approx(mean.item(), abs=0.01)
-    assert step.std is not None and chain.states[:, 1].std().item() == pytest.approx(step.std.item(), abs=0.01)
+    assert step.std is not None
+    assert chain.states[:, 1].std().item() == pytest.approx(step.std.item(), abs=0.01)
 
 
 def test_joint_temperature_is_the_power_of_the_path_ratio():
@@ -147,7 +150,8 @@ def test_single_step_touches_one_transition_only():
     config = FlowConfig(num_steps=5, ignore_last=True)
     torch.manual_seed(0)
     chain = sample_chain(linear_velocity(), torch.randn(64, 2, 2), config, 0.5)
-    assert chain.denoise_index.max() == 3 and (chain.denoise_index == chain.denoise_index[:, :1]).all()
+    assert chain.denoise_index.max() == 3
+    assert (chain.denoise_index == chain.denoise_index[:, :1]).all()
     for k in range(5):
         x, following = chain.states[:, k], chain.states[:, k + 1]
         euler = x - linear_velocity()(x, torch.full((64,), 1 - k / 5))[0] / 5
@@ -170,7 +174,8 @@ def test_the_generator_alone_decides():
         sample_chain(linear_velocity(), noise, config, 0.5, generator=torch.Generator().manual_seed(s))
         for s in (1, 1, 2)
     ]
-    assert torch.equal(chains[0].states, chains[1].states) and not torch.equal(chains[0].states, chains[2].states)
+    assert torch.equal(chains[0].states, chains[1].states)
+    assert not torch.equal(chains[0].states, chains[2].states)
 
 
 def test_levels():
@@ -202,7 +207,9 @@ def test_sft_pair_time_and_masked_loss():
     torch.testing.assert_close(x[1], noise[1])
     torch.testing.assert_close(target, noise - actions)
     t = sample_sft_time(100_000, torch.Generator().manual_seed(0), "cpu")
-    assert t.min() >= 0.001 and t.max() <= 1.0 and t.mean().item() == pytest.approx(0.001 + 0.999 * 0.6, abs=0.005)
+    assert t.min() >= 0.001
+    assert t.max() <= 1.0
+    assert t.mean().item() == pytest.approx(0.001 + 0.999 * 0.6, abs=0.005)
     is_pad = torch.tensor([[False, False, True], [False, True, True]])
     v = torch.zeros(2, 3, 4)
     expected = ((target[..., :2] ** 2).mean(-1) * ~is_pad).sum() / 3
