@@ -1,9 +1,9 @@
 """A LeRobotDataset v3 that is whole at every moment, written without LeRobot.
 
-One Parquet file, one MP4 for each camera and one line of the episode table for each episode, nothing is ever appended to.
-Order of an append: videos, rows, record, task list, **episode table file** (from here on the episode exists), statistics,
-`info.json`. What a killed process left before that point is removed by the next `open`, after it is completed. A reader
-trusts `info.json`, written last and in one step, so it never sees half an episode.
+One Parquet file, one MP4 for each camera and one line of the episode table for each episode; nothing is appended to.
+Order of an append: videos, rows, record, task list, **episode table file** (from here on the episode exists),
+statistics, `info.json`. What a killed process left before that point is removed by the next `open`, what it left after
+it is completed. A reader trusts `info.json`, written last and in one step, so it never sees half an episode.
 
     store = DatasetStore.open_or_create(root, "lab/cube_on_plate", embodiment, fps=30)
     writer = EpisodeWriter(spool / "0001", embodiment, 30, "pick up the cube", domain="real")
@@ -44,6 +44,15 @@ CHUNK = 1000  # files in one folder
 FILE = "chunk-{:03d}/file-{:03d}"
 INFO, STATS, TASKS, CONTRACT = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/contract.json"
 RECORDS = "meta/episode_records"  # the episode.json of each episode: identity, contract, picture histograms
+VIDEO_INFO = {
+    "video.codec": "h264",
+    "video.pix_fmt": PIXEL_FORMAT,
+    "video.g": int(OPTIONS["g"]),
+    "video.crf": int(OPTIONS["crf"]),
+    "video.preset": OPTIONS["preset"],
+    "is_depth_map": False,
+    "has_audio": False,
+}
 CARD = """---
 task_categories: [robotics]
 tags: [LeRobot]
@@ -54,7 +63,7 @@ configs: [{{config_name: default, data_files: data/*/*.parquet}}]
 LeRobotDataset v3 of a {robot}: `LeRobotDataset("{repo_id}", root=THIS_FOLDER, video_backend="pyav")`.
 `meta/contract.json` says what the numbers mean; the episode table says domain and success of every episode.
 """
-INDEX_FEATURES = {
+INDEX_FEATURES: dict[str, dict[str, Any]] = {
     "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
     "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
     "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
@@ -357,18 +366,11 @@ def _new_info(embodiment: Embodiment, fps: int, image_size: tuple[int, int] | No
     for feature in all_features.values():
         if feature["dtype"] == "video":
             height, width, channels = feature["shape"]
-            feature["info"] = {
+            feature["info"] = VIDEO_INFO | {
                 "video.height": height,
                 "video.width": width,
                 "video.channels": channels,
-                "video.codec": "h264",
-                "video.pix_fmt": PIXEL_FORMAT,
                 "video.fps": fps,
-                "video.g": int(OPTIONS["g"]),
-                "video.crf": int(OPTIONS["crf"]),
-                "video.preset": OPTIONS["preset"],
-                "is_depth_map": False,
-                "has_audio": False,
             }
     return {
         "codebase_version": CODEBASE_VERSION,

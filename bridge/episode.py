@@ -69,7 +69,8 @@ class EpisodeWriter:
     """Writes one episode while it happens: pictures are encoded in one thread a camera, rows are kept in memory.
 
     folder: the finished episode's place; must not exist. image_size: (height, width) of all pictures, where they are
-    smaller than the cameras' own (twins). Raises ValueError for an unknown domain, empty instruction, or a taken folder.
+    smaller than the cameras' own (twins). Raises ValueError for an unknown domain, an empty instruction, an fps that
+    does not fit the contract, or a taken folder.
     """
 
     def __init__(
