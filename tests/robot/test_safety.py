@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridge import pose
+from robot import safety
+from robot.safety import SafetyLimits, State, StateMachine, UnsafeAction
+
+LIMITS = SafetyLimits(keep_out_m=[0.5, 0.1, 0.0, 0.6, 0.3, 0.3])
+PERIOD_S = 0.1
+EPSILON = 1e-9
+
+
+def down_at(x, y, z):
+    return pose.pose(np.array([x, y, z]), pose.matrix_from_rpy([np.pi, 0, 0]))
+
+
+wild = st.floats(-1e6, 1e6, allow_subnormal=False)
+small = st.floats(-0.2, 0.2)
+actions = st.lists(st.lists(st.one_of(wild, small), min_size=7, max_size=7), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(actions)
+def test_no_stream_of_actions_leaves_the_limits(stream):
+    T = down_at(0.45, 0.0, 0.3)
+    (lower, upper) = LIMITS.keep_out_boxes[0]
+    for action in stream:
+        step = safety.safe_step(T, action, PERIOD_S, LIMITS)
+        moved = step.T_target[:3, 3] - T[:3, 3]
+        assert np.linalg.norm(moved) <= LIMITS.max_speed_m_s * PERIOD_S + EPSILON
+        assert np.all(np.abs(moved) <= LIMITS.max_translation_m + EPSILON)
+        turn = pose.rotation_angle(T[:3, :3].T @ step.T_target[:3, :3])
+        assert turn <= LIMITS.max_turn_rad_s * PERIOD_S + 1e-6
+        p = step.T_target[:3, 3]
+        assert np.all(p >= np.array(LIMITS.workspace_lower_m) - EPSILON)
+        assert np.all(p <= np.array(LIMITS.workspace_upper_m) + EPSILON)
+        assert not np.all((p > lower) & (p < upper))
+        assert abs(step.action[6]) <= 1
+        assert np.allclose(pose.integrate(T, step.action), step.T_target, atol=1e-9)  # `action` tells what was done
+        changed = not np.allclose(step.action[:6], action[:6], atol=1e-6)
+        assert bool(step.clips) or not changed
+        T = step.T_target
+
+
+def test_a_step_within_the_limits_passes_unchanged():
+    T = down_at(0.45, 0.0, 0.3)
+    action = np.array([0.01, -0.02, 0.015, 0.02, 0.0, -0.05, 0.7])
+    step = safety.safe_step(T, action, PERIOD_S, LIMITS)
+    assert step.clips == []
+    assert np.allclose(step.T_target, pose.integrate(T, action), atol=1e-12)
+    assert np.allclose(step.T_requested, step.T_target, atol=1e-12)
+
+
+def test_each_limit_names_what_it_cut():
+    names = [clip.limit for clip in safety.safe_step(down_at(0.45, 0, 0.3), [0.3, 0, 0, 0, 0, 2, 3], 0.1, LIMITS).clips]
+    assert names == ["step_dx_m", "step_dyaw_rad", "step_gripper", "speed_m_s"]
+    step = safety.safe_step(down_at(0.45, 0, 0.01), [0, 0, -0.03, 0, 0, 0, 0], 0.1, LIMITS)
+    assert [c.limit for c in step.clips] == ["workspace_z_m"]
+    assert step.T_target[2, 3] == pytest.approx(0.005)
+    assert step.T_requested[2, 3] == pytest.approx(-0.02)  # what was asked for stays visible
+
+
+def test_keep_out_stops_at_the_face_and_does_not_tunnel():
+    box = np.array([[[0.5, -0.1, 0.0], [0.51, 0.1, 0.5]]])  # a thin wall
+    T, clips = safety.limit_keep_out(down_at(0.45, 0, 0.2), down_at(0.6, 0, 0.2), box)
+    assert T[0, 3] == pytest.approx(0.5, abs=2e-6)
+    assert T[0, 3] <= 0.5
+    assert clips[0].limit == "keep_out_m"
+    _, clips = safety.limit_keep_out(down_at(0.45, 0, 0.2), down_at(0.45, 0.3, 0.2), box)
+    assert clips == []
+    T, clips = safety.limit_keep_out(down_at(0.505, 0, 0.2), down_at(0.4, 0, 0.2), box)  # already inside: may leave
+    assert clips == []
+
+
+def test_a_target_outside_the_workspace_is_not_moved_by_itself():
+    T = down_at(0.1, 0.0, 0.3)  # 10 cm in front of the box
+    still = safety.safe_step(T, np.zeros(7), PERIOD_S, LIMITS)
+    assert np.allclose(still.T_target, T)
+    further = safety.safe_step(T, [-0.02, 0, 0, 0, 0, 0, 0], PERIOD_S, LIMITS)
+    assert further.T_target[0, 3] == pytest.approx(0.1)
+    back = safety.safe_step(T, [0.02, 0, 0, 0, 0, 0, 0], PERIOD_S, LIMITS)
+    assert back.T_target[0, 3] == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize("bad", [[np.nan] + [0] * 6, [0] * 6 + [np.inf], [0] * 6, [[0] * 7], "abc", None, ["x"] * 7])
+def test_what_cannot_be_clipped_is_refused(bad):
+    with pytest.raises(UnsafeAction):
+        safety.safe_step(down_at(0.45, 0, 0.3), bad, PERIOD_S, LIMITS)
+
+
+def test_limits_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="workspace is empty"):
+        SafetyLimits(workspace_lower_m=[0.5, 0, 0], workspace_upper_m=[0.4, 1, 1])
+    with pytest.raises(ValueError, match="six numbers"):
+        SafetyLimits(keep_out_m=[0.0] * 5)
+
+
+def test_hold_resumes_when_its_last_cause_has_gone():
+    machine = StateMachine()
+    machine.connected()
+    assert machine.run()
+    machine.hold("stale state")
+    machine.hold("no action")
+    assert not machine.run()  # an action alone does not help while the state is stale
+    machine.release("stale state")
+    assert machine.state is State.RUNNING
+    machine.hold("no action")
+    assert machine.run()
+
+
+def test_fault_is_latched_and_keeps_its_first_reason():
+    machine = StateMachine()
+    machine.connected()
+    machine.run()
+    machine.fault("cartesian_reflex")
+    machine.fault("lost link")
+    machine.connected()
+    machine.release("stale state")
+    machine.idle("homed")
+    assert not machine.run()
+    assert (machine.state, machine.reason) == (State.FAULT, "cartesian_reflex")
+    assert machine.acknowledge()
+    assert machine.state is State.IDLE
+    assert not machine.acknowledge()
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["connected", "idle", "run", "hold", "release", "fault", "acknowledge"]), max_size=40))
+def test_only_acknowledge_leaves_fault_and_only_run_or_release_start_motion(events):
+    machine = StateMachine()
+    for event in events:
+        before = machine.state
+        argument = {"idle": ["homed"], "hold": ["stale state"], "release": ["stale state"], "fault": ["x"]}
+        getattr(machine, event)(*argument.get(event, []))
+        assert machine.state is before or machine.state in safety.TRANSITIONS[before]
+        if before is State.FAULT and event != "acknowledge":
+            assert machine.state is State.FAULT
+        if machine.state is State.RUNNING and before is not State.RUNNING:
+            assert event in ("run", "release")
