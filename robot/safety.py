@@ -18,7 +18,7 @@ class UnsafeAction(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """One quantity that a limit cut. `requested` and `allowed` are magnitudes in the unit that `limit` is named with."""
+    """One quantity that a limit cut. `requested` and `allowed` have the unit that ends the name of `limit`."""
 
     limit: str
     requested: float
