@@ -1,0 +1,107 @@
+"""pi0 and pi0.5 as one network: a prefix of pictures and words, and an expert that turns noise into actions.
+
+    prefix = model.prefix(images, image_mask, tokens, token_mask)     # once for an observation
+    v, features = model.velocity(prefix, state, x_t, t)               # once for a denoising step
+
+Shapes: B batch, I cameras, S prefix tokens (I * 256 + prompt), L layers, H horizon, D padded action width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learner.pi0.config import ModelConfig
+from learner.pi0.gemma import GemmaStack, KeysValues, Modulations
+from learner.pi0.layers import Linear, key_bias, timestep_embedding
+from learner.pi0.vision import VisionTower
+
+
+@dataclass
+class Prefix:
+    """What the expert needs of an observation. `output` is the normed last layer, [B, S, C], if it was asked for."""
+
+    keys_values: list[KeysValues]
+    valid: Tensor  # bool [B, S]
+    output: Tensor | None = None
+
+
+class Pi0Model(nn.Module):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        width = config.expert.width
+        self.vision = VisionTower(config.vision, config.language.width)
+        self.embed = nn.Embedding(config.vocabulary, config.language.width)
+        self.language = GemmaStack(config.language, adaptive=False)
+        self.expert = GemmaStack(config.expert, adaptive=config.variant == "pi05")
+        self.action_in = Linear(config.action_width, width)
+        self.action_out = Linear(width, config.action_width)
+        if config.variant == "pi05":
+            self.time_in, self.time_out = Linear(width, width), Linear(width, width)
+        else:
+            self.state_in = Linear(config.state_width, width)
+            self.time_in, self.time_out = Linear(2 * width, width), Linear(width, width)
+
+    def embed_prefix(
+        self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """images [B, I, 3, size, size] in [-1, 1], image_mask bool [B, I], tokens int64 [B, T], token_mask bool [B, T]
+        -> embeddings float32 [B, S, C] and which of them are real, bool [B, S]."""
+        batch, cameras = image_mask.shape
+        pictures = self.vision(images.flatten(0, 1), self.dtype).unflatten(0, (batch, cameras))
+        words = self.embed(tokens).float() * self.config.language.width**0.5
+        embeddings = torch.cat([pictures.flatten(1, 2).float(), words], dim=1)
+        valid = torch.cat([image_mask.repeat_interleave(pictures.shape[2], dim=1), token_mask], dim=1)
+        return embeddings, valid
+
+    def prefix(
+        self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, need_output: bool = False
+    ) -> Prefix:
+        """Every real token attends to every real token. Padding tokens do too, but nobody looks at them."""
+        embeddings, valid = self.embed_prefix(images, image_mask, tokens, token_mask)
+        position = valid.cumsum(1) - 1
+        bias = key_bias(valid, self.dtype)[:, None, None]
+        output, keys_values = self.language(embeddings, position, bias, self.dtype, need_output=need_output)
+        return Prefix(keys_values, valid, output)
+
+    def modulations(self, t: Tensor) -> Modulations | None:
+        """pi0.5: the time t [B] as adaRMS modulations (None for pi0, which mixes time into its action tokens)."""
+        if self.config.variant != "pi05":
+            return None
+        embedded = F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t, self.config.expert.width)))))
+        return self.expert.modulations(embedded)
+
+    def velocity(
+        self, prefix: Prefix, state: Tensor, x: Tensor, t: Tensor, modulations: Modulations | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x float32 [B, H, D] at flow time t [B], state float32 [B, state_width] (pi0 only) -> velocity float32
+        [B, H, D] and the features float32 [B, H, C] that it is a linear map of. `modulations`: those of t, if the
+        caller has them already."""
+        suffix = self._embed_suffix(state, x, t)
+        if modulations is None:
+            modulations = self.modulations(t)
+        position = prefix.valid.sum(1, keepdim=True) + torch.arange(suffix.shape[1], device=x.device)
+        bias = self._suffix_bias(prefix.valid, suffix.shape[1])
+        output, _ = self.expert(suffix, position, bias, self.dtype, prefix.keys_values, modulations)
+        assert output is not None
+        features = output[:, -self.config.horizon :]
+        return self.action_out(features), features
+
+    def _embed_suffix(self, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Suffix tokens float32 [B, suffix_tokens, C]."""
+        actions = self.action_in(x)
+        if self.config.variant == "pi05":
+            return actions
+        time = timestep_embedding(t, self.config.expert.width)[:, None].expand_as(actions)
+        mixed = self.time_out(F.silu(self.time_in(torch.cat([actions, time], dim=-1))))
+        return torch.cat([self.state_in(state)[:, None], mixed], dim=1)
+
+    def _suffix_bias(self, prefix_valid: Tensor, queries: int) -> Tensor:
+        """[B, 1, 1 or Q, S + Q]: all see the real prefix and the whole suffix, but pi0's state sees no actions."""
+        valid = torch.cat([prefix_valid, prefix_valid.new_ones(len(prefix_valid), queries)], dim=1)[:, None]
+        if self.config.variant == "pi0":
+            valid = valid.repeat(1, queries, 1)
+            valid[:, 0, prefix_valid.shape[1] + 1 :] = False
+        return key_bias(valid, self.dtype)[:, None]
