@@ -21,6 +21,10 @@ class CorruptData(BridgeError):
     """Bytes that fail their checksum, exceed a limit or do not decode. Nothing of them was used."""
 
 
+class SpoolFull(BridgeError):
+    """The robot's disk holds as many unsent episodes as it may. Nothing was dropped; the new episode was not taken."""
+
+
 class StaleObservation(BridgeError):
     """A camera frame or arm state is older than the configured limit."""
 
