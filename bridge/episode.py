@@ -69,7 +69,8 @@ class EpisodeWriter:
     """Writes one episode while it happens: pictures are encoded in one thread a camera, rows are kept in memory.
 
     folder: the finished episode's place; must not exist. image_size: (height, width) of all pictures, where they are
-    smaller than the cameras' own (twins). Raises ValueError for an unknown domain, an empty instruction, an fps that
+    smaller than the cameras' own (twins). queue_frames: how many pictures a camera's encoder may be behind before `add`
+    waits. Raises ValueError for an unknown domain, an empty instruction, an fps that
     does not fit the contract, or a taken folder.
     """
 
@@ -81,6 +82,7 @@ class EpisodeWriter:
         instruction: str,
         domain: str,
         image_size: tuple[int, int] | None = None,
+        queue_frames: int = 30,
     ):
         if domain not in DOMAINS:
             raise ValueError(f"domain {domain!r}: allowed are {DOMAINS}")
@@ -98,13 +100,20 @@ class EpisodeWriter:
         self._columns = row_features(embodiment)
         self._rows: dict[str, list[np.ndarray]] = {key: [] for key in self._columns if key not in DERIVED}
         self._videos = {
-            name: VideoWriter(self._partial / f"{name}.mp4", fps, image_size or (camera.height, camera.width))
+            name: VideoWriter(
+                self._partial / f"{name}.mp4", fps, image_size or (camera.height, camera.width), queue_frames
+            )
             for name, camera in embodiment.cameras.items()
         }
 
     @property
     def num_rows(self) -> int:
         return len(self._rows["action"])
+
+    @property
+    def backlog(self) -> int:
+        """Pictures that wait for the slowest camera's encoder."""
+        return max((video.backlog for video in self._videos.values()), default=0)
 
     def add(self, images: dict[str, np.ndarray], row: dict[str, Any]) -> None:
         """One row and one picture (uint8 [H, W, 3], not written to afterwards) for each camera.

@@ -34,6 +34,11 @@ class VideoWriter:
         self._thread = threading.Thread(target=self._run, name=f"encode {path.name}", daemon=True)
         self._thread.start()
 
+    @property
+    def backlog(self) -> int:
+        """Pictures that wait to be encoded."""
+        return self._frames.qsize()
+
     def add(self, frame: np.ndarray) -> None:
         """`frame` uint8 [H, W, 3] RGB; it is read later, so its owner must not write into it again."""
         if frame.dtype != np.uint8 or frame.shape != (*self.size, 3):
