@@ -113,11 +113,11 @@ def annealed_noise_level(config: FlowConfig, step: int) -> float:
 
 
 def time_grid(num_steps: int, device: torch.device | str | None = None) -> Tensor:
-    """float32 [K+1]: 1, 1 - 1/K, ..., 1/K, 0."""
-    return torch.tensor([1.0 - i / num_steps for i in range(num_steps)] + [0.0], device=device)
+    """float32 [K+1]: 1, 1 - 1/K, ..., 1/K, 0. Rounded once, from float64: time embeddings turn 1e-7 into 1e-4."""
+    return (1.0 - torch.arange(num_steps + 1, dtype=torch.float64, device=device) / num_steps).float()
 
 
-def transition(method: str, num_steps: int, index: int | Tensor, noise_level: float) -> Transition:
+def transition(method: str, num_steps: int, index: int | Tensor, noise_level: float | Tensor) -> Transition:
     """The kernel of step `index` (int, or int64 tensor of any shape) on the K-step grid."""
     method = canonical_method(method)
     index = torch.as_tensor(index)
@@ -129,8 +129,8 @@ def transition(method: str, num_steps: int, index: int | Tensor, noise_level: fl
     if method == "flow_noise":
         return Transition(t, w0, w1, None)
     if method == "flow_cps":
-        angle = math.pi * noise_level / 2
-        return Transition(t, w0, s * math.cos(angle), s * math.sin(angle))
+        angle = torch.as_tensor(noise_level) * (math.pi / 2)
+        return Transition(t, w0, s * torch.cos(angle), s * torch.sin(angle))
     # sigma diverges at t = 1; the first step takes the second grid time instead (0 when there is one step only).
     capped = grid[torch.clamp(index, min=1)]
     sigma = noise_level * torch.sqrt(t / (1.0 - capped))
@@ -175,32 +175,48 @@ def draw_denoise_index(config: FlowConfig, batch: int, generator: torch.Generato
     if config.joint:
         return torch.arange(steps, device=device).expand(batch, steps).clone()
     last = steps - 1 if config.ignore_last else steps
-    drawn = torch.randint(last, (batch, 1), generator=generator, device=device)
-    return drawn.expand(batch, steps).clone()
+    drawn = torch.randint(last, (batch, 1), generator=generator, device=_drawing_device(generator, device))
+    return drawn.to(device).expand(batch, steps).clone()
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None, device) -> Tensor:
+    """float32 N(0, 1), drawn where the generator lives, so that a CPU seed gives one chunk on every device."""
+    return torch.randn(shape, generator=generator, device=_drawing_device(generator, device)).to(device)
 
 
 def sample_chain(
     velocity: Velocity,
     noise: Tensor,
     config: FlowConfig,
-    noise_level: float,
+    noise_level: float | Tensor,
     noise_std: NoiseStd | None = None,
     generator: torch.Generator | None = None,
 ) -> Chain:
     """Denoise `noise` float32 [B, H, D] with exploration. Steps that the drawn index does not name are Euler steps."""
     batch, device = noise.shape[0], noise.device
     index = draw_denoise_index(config, batch, generator, device)
+    step_noise = draw_noise((config.num_steps, *noise.shape), generator, device)
+    return chain_from_noise(velocity, noise, step_noise, index, config, noise_level, noise_std)
+
+
+def chain_from_noise(
+    velocity: Velocity,
+    noise: Tensor,
+    step_noise: Tensor,
+    index: Tensor,
+    config: FlowConfig,
+    noise_level: float | Tensor,
+    noise_std: NoiseStd | None = None,
+) -> Chain:
+    """`sample_chain` with its randomness drawn beforehand (what a CUDA graph needs): step_noise [K, B, H, D]."""
     states, features, log_probs = [noise], [], []
     for k in range(config.num_steps):
         x = states[-1]
-        t = torch.full((batch,), 1.0 - k / config.num_steps, device=device)
-        v, feature = velocity(x, t)
+        v, feature = velocity(x, torch.full((len(x),), 1.0 - k / config.num_steps, device=x.device))
         chosen = (index == k).any(dim=1)
-        mean, std = _kernel(
-            x, v.float(), feature, torch.full_like(index[:, 0], k), chosen, config, noise_level, noise_std
-        )
-        step_noise = torch.randn(x.shape, generator=generator, device=device)
-        states.append(mean + std * step_noise)
+        step_index = torch.full_like(index[:, 0], k)
+        mean, std = _kernel(x, v.float(), feature, step_index, chosen, config, noise_level, noise_std)
+        states.append(mean + std * step_noise[k])
         features.append(feature)
         log_probs.append(gaussian_log_prob(states[-1], mean, std))
     log_prob = torch.stack(log_probs, dim=1).sum(1)
@@ -214,7 +230,7 @@ def score_chain(
     states: Tensor,
     denoise_index: Tensor,
     config: FlowConfig,
-    noise_level: float,
+    noise_level: float | Tensor,
     noise_std: NoiseStd | None = None,
 ) -> ChainScores:
     """Log-probability and entropy of a stored chain under the current velocity, with gradient.
@@ -257,7 +273,7 @@ def sft_pair(actions: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]
 
 def sample_sft_time(batch: int, generator: torch.Generator | None, device) -> Tensor:
     """float32 [B], 0.001 + 0.999 Beta(1.5, 1) (openpi's): Beta(a, 1) is u ** (1 / a)."""
-    u = torch.rand(batch, generator=generator, device=device)
+    u = torch.rand(batch, generator=generator, device=_drawing_device(generator, device)).to(device)
     return 0.001 + 0.999 * u ** (1.0 / 1.5)
 
 
@@ -289,3 +305,7 @@ def _initial_log_prob(noise: Tensor) -> Tensor:
 
 def _over_actions(field: Tensor) -> Tensor:
     return field[..., None, None]
+
+
+def _drawing_device(generator: torch.Generator | None, device):
+    return device if generator is None else generator.device

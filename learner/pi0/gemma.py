@@ -1,7 +1,7 @@
 """A Gemma stack: the prefix (PaliGemma's language model) and the action expert are both one of these.
 
-The prefix never looks at the suffix, so it runs first and hands each layer's keys and values to the expert's layer of the
-same depth; that is the same computation as running both side by side, with and without gradient.
+The prefix never looks at the suffix, so it runs first and hands each layer's keys and values to the expert's layer of
+the same depth; that is the same computation as running both side by side, with and without gradient.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass
 class Modulations:
-    """adaRMS scale, shift and gate: float32 [depth, B, 1, 6C] for the layers' two norms, [B, 1, 3C] for the last one."""
+    """adaRMS scale, shift and gate: float32 [depth, B, 1, 6C] for the two norms of each layer, [B, 1, 3C] for the last."""
 
     layers: Tensor
     final: Tensor
