@@ -7,6 +7,7 @@ and return at any time, and neither needs to be told.
 """
 
 import logging
+import math
 import os
 import socket as host
 import time
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 HELLO_AGAIN_S = 0.5
 MAX_CALLERS = 256
+DRIFT = 1e-4  # two quartz clocks differ by less
 FORGET_S = 300.0  # a caller that was silent this long has to say hello again
 
 
@@ -42,6 +44,20 @@ class Caller:
     heard_s: float
     key: str | None = None
     hello: dict[str, Any] = field(default_factory=dict)
+    clock_offset_s: float = math.inf  # our monotonic clock minus the caller's, plus the shortest transit seen
+    offset_s: float = 0.0  # when that was seen
+
+    def age_s(self, sent_ns: int) -> float:
+        """How long a message, stamped by the caller's monotonic clock, was under way or waited in our socket.
+
+        Counted beyond the fastest message so far: the listener may be busy for long between two looks at its socket, so
+        the time of reading says nothing. The offset may rise by DRIFT, because two clocks never run equally fast.
+        """
+        now_s = time.monotonic()
+        passed_s = now_s - sent_ns * 1e-9
+        self.clock_offset_s = min(self.clock_offset_s + DRIFT * (now_s - self.offset_s), passed_s)
+        self.offset_s = now_s
+        return passed_s - self.clock_offset_s
 
 
 class CallerEnd:
@@ -133,6 +149,7 @@ class CallerEnd:
             "contract_hash": self.embodiment.contract_hash if self.embodiment else None,
             "accepted_hash": self._accepted_hash,
             "policy_version": -1,
+            "sent_ns": time.monotonic_ns(),
         }
         said = self._send(encode("hello", body | self._hello()))
         self._hello_due_s = now_s + (HELLO_AGAIN_S if said else 0.02)
@@ -266,6 +283,8 @@ class ListenerEnd:
         version = hello.get("policy_version")
         version = version if isinstance(version, int) else -1
         caller = Caller(route, uid, str(hello.get("name"))[:64], role, version, now_s, key, hello)
+        if isinstance(sent_ns := hello.get("sent_ns"), int):
+            caller.age_s(sent_ns)
         self.callers[route] = caller
         self._send(route, encode("welcome", {"contract_hash": ours} | self._welcome(caller)))
         return None

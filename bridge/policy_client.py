@@ -26,7 +26,6 @@ class Pending:
     frames: list[Any]
     deadline_s: float  # absolute, monotonic
     asked_s: float
-    start_ns: int
     sent: bool = False
 
 
@@ -89,7 +88,8 @@ class PolicyClient:
         request, self._next_id = self._next_id, self._next_id + 1
         now_s = time.monotonic()
         body = observation_body(observation) | {"id": request, "budget_s": float(deadline_s)}
-        self._pending[request] = Pending(encode("infer", body), now_s + deadline_s, now_s, observation.stamp_ns)
+        body["sent_ns"] = round(now_s * 1e9)
+        self._pending[request] = Pending(encode("infer", body), now_s + deadline_s, now_s)
         self._counts["submitted"] += 1
         self._send_pending()
         return request

@@ -33,7 +33,6 @@ class Request:
     id: int
     observation: Observation
     deadline_s: float  # absolute, this machine's monotonic clock
-    arrived_s: float
 
 
 class PolicyServer:
@@ -110,18 +109,18 @@ class PolicyServer:
             budget_s = field(body, "budget_s", float)
             if not 0.0 < budget_s <= 3600.0:
                 raise CorruptData(f"budget_s {budget_s}: allowed are 0 to 3600")
+            deadline_s = time.monotonic() + budget_s - caller.age_s(field(body, "sent_ns", int))
             observation = observation_from_body(body, tuple(self.embodiment.cameras))
         except BridgeError as error:
             self._answer_error(caller, request, error)
             return
-        now_s = time.monotonic()
         queue = self._waiting.setdefault(caller.route, deque())
         if len(queue) >= MAX_WAITING_PER_ROBOT:
             queue.popleft()
             self._counts["overflow"] += 1
         if not queue and caller.route not in self._turn:
             self._turn.append(caller.route)
-        queue.append(Request(caller, request, observation, now_s + budget_s, now_s))
+        queue.append(Request(caller, request, observation, deadline_s))
 
     def _next_batch(self) -> list[Request]:
         batch: list[Request] = []

@@ -69,12 +69,19 @@ def test_an_observation_becomes_its_chunk():
 
 
 def test_poll_returns_the_newest_and_counts_the_superseded():
-    with serving() as server, client_of(server.endpoint) as client:
+    gate = threading.Event()
+
+    def gated(observations):
+        gate.wait(5)
+        return echo(observations)
+
+    with serving(gated) as server, client_of(server.endpoint) as client:
         client.wait_ready(5)
         client.submit(observation(1), 5.0)
         client.submit(observation(2), 5.0)
         with pytest.raises(BridgeError, match="2 requests are in flight"):
             client.submit(observation(3), 5.0)
+        gate.set()
         while server.stats()["answered"] < 2:
             time.sleep(0.005)
         time.sleep(0.05)
