@@ -21,7 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass
 class Modulations:
-    """adaRMS scale, shift and gate: float32 [depth, B, 1, 6C] for the two norms of each layer, [B, 1, 3C] for the last."""
+    """adaRMS scale, shift and gate: float32 [depth, B, 1, 6C] for each layer's two norms, [B, 1, 3C] for the last."""
 
     layers: Tensor
     final: Tensor
@@ -78,8 +78,8 @@ class GemmaStack(nn.Module):
         self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, adaptive)
         if adaptive:
-            self.modulate = nn.ModuleList(Linear(config.width, 6 * config.width) for _ in range(config.depth))
-            self.modulate_final = Linear(config.width, 3 * config.width)
+            self.modulate = nn.ModuleList(nn.Linear(config.width, 6 * config.width) for _ in range(config.depth))
+            self.modulate_final = nn.Linear(config.width, 3 * config.width)
         self.run_layer = GemmaLayer.forward
         self.gradient_checkpointing = False
 

@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        if self.working is not None and not torch.is_grad_enabled():
+        if self.working is not None and self.working.dtype == x.dtype and not torch.is_grad_enabled():
             return F.linear(x, self.working, bias)
         return F.linear(x, self.weight.to(x.dtype), bias)
 

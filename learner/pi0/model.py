@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from learner.pi0.config import ModelConfig
 from learner.pi0.gemma import GemmaStack, KeysValues, Modulations
-from learner.pi0.layers import Linear, key_bias, timestep_embedding
+from learner.pi0.layers import key_bias, timestep_embedding
 from learner.pi0.vision import VisionTower
 
 
@@ -26,6 +26,18 @@ class Prefix:
     valid: Tensor  # bool [B, S]
     output: Tensor | None = None
 
+    @classmethod
+    def from_stacked(cls, keys_values: Tensor, valid: Tensor) -> "Prefix":
+        """From keys and values [B, L, 2, S, W], as rollouts keep them."""
+        return cls([(layer[:, 0], layer[:, 1]) for layer in keys_values.unbind(1)], valid)
+
+    def repeat(self, times: int) -> "Prefix":
+        """Each sample `times` times in a row."""
+        if times == 1:
+            return self
+        keys_values = [tuple(x.repeat_interleave(times, dim=0) for x in pair) for pair in self.keys_values]
+        return Prefix(keys_values, self.valid.repeat_interleave(times, dim=0))  # type: ignore[arg-type]
+
 
 class Pi0Model(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
@@ -36,13 +48,13 @@ class Pi0Model(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, config.language.width)
         self.language = GemmaStack(config.language, adaptive=False)
         self.expert = GemmaStack(config.expert, adaptive=config.variant == "pi05")
-        self.action_in = Linear(config.action_width, width)
-        self.action_out = Linear(width, config.action_width)
+        self.action_in = nn.Linear(config.action_width, width)
+        self.action_out = nn.Linear(width, config.action_width)
         if config.variant == "pi05":
-            self.time_in, self.time_out = Linear(width, width), Linear(width, width)
+            self.time_in, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
         else:
-            self.state_in = Linear(config.state_width, width)
-            self.time_in, self.time_out = Linear(2 * width, width), Linear(width, width)
+            self.state_in = nn.Linear(config.state_width, width)
+            self.time_in, self.time_out = nn.Linear(2 * width, width), nn.Linear(width, width)
 
     def embed_prefix(
         self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor
