@@ -63,8 +63,8 @@ class SwappingPolicy:
         return self._loaded.version if self._loaded else -1
 
     def load(self, folder: Path) -> Loaded:
-        """Load and warm up a bundle; slow, so not on the serving thread. Raises ValueError or BridgeError when the bundle
-        is damaged, does not fit its own configuration, or was made for another embodiment."""
+        """Load and warm up a bundle; slow, so not on the serving thread. Raises ValueError or BridgeError when the
+        bundle is damaged, does not fit its own configuration, or was made for another embodiment."""
         info = verify_bundle(folder)
         policy = load_policy(folder, self.device)
         self.embodiment.require_same(policy.embodiment, f"checkpoint {info.version}")
