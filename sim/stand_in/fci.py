@@ -55,6 +55,7 @@ class RobotServer:
         self.muted: set[Command] = set()  # requests that get no answer
         self.late_answers = 0
         self._final: tuple[int, MoveStatus] | None = None  # response that follows the next state
+        self._recovery: int | None = None  # request that is answered once the arm rests
         self._command = np.zeros(1, COMMAND)
         self._command_bytes = memoryview(self._command).cast("B")
         self._waiting_since: float | None = None
@@ -126,6 +127,11 @@ class RobotServer:
             self.link.send_state(self.state.pack(message_id))
         else:
             self.state.message_id = message_id
+        if self._recovery is not None and self.tracker.is_at_rest:
+            request_id, self._recovery = self._recovery, None
+            self.errors = set()
+            self._show_modes()
+            self._respond(Command.AUTOMATIC_ERROR_RECOVERY, request_id, bytes([RecoveryStatus.OK]))
         if self._final is not None:
             (request_id, status), self._final = self._final, None
             self._respond(Command.MOVE, request_id, bytes([status]))
@@ -155,7 +161,7 @@ class RobotServer:
         """Cut the client off. Its motion ends; the arm brakes."""
         self.link.drop()
         self._end(self._resting_mode(), MoveStatus.ABORTED)
-        self._final = None
+        self._final = self._recovery = None
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +187,7 @@ class RobotServer:
 
     def _move(self, request_id: int, body: bytes) -> bytes:
         controller, generator = MOVE_REQUEST.unpack(body)[:2]
-        if self.motion is not None or self.errors or self.user_stopped:
+        if self.motion is not None or self._recovery is not None or self.errors or self.user_stopped:
             return bytes([MoveStatus.NOT_POSSIBLE])
         if controller > Controller.EXTERNAL or generator > Generator.NONE:
             return bytes([MoveStatus.INVALID_ARGUMENT])
@@ -200,14 +206,15 @@ class RobotServer:
         self._end(RobotMode.IDLE, MoveStatus.PREEMPTED)
         return bytes([SetterStatus.OK])
 
-    def _recover(self, request_id: int, body: bytes) -> bytes:
+    def _recover(self, request_id: int, body: bytes) -> bytes | None:
+        """Answered once the arm rests: a motion that began earlier would start under the old contact forces."""
         if self.user_stopped:
             return bytes([RecoveryStatus.USER_STOP])
         if self.motion is not None:
             return bytes([RecoveryStatus.NOT_POSSIBLE])
-        self.errors = set()
-        self._show_modes()
-        return bytes([RecoveryStatus.OK])
+        self._recovery = request_id
+        self._show_modes(RobotMode.RECOVERY)
+        return None
 
     def _set(self, command: Command, body: bytes) -> bytes:
         """Setters: refused while moving. Guiding and the Cartesian controller's stiffness change nothing here."""
@@ -261,7 +268,7 @@ class RobotServer:
             motion, self.motion = self.motion, None
             self._final = (motion.request_id, status)
             self._waiting_since = None
-            self.tracker.end(motion)
+            self.tracker.end(motion, aborted=status not in (MoveStatus.SUCCESS, MoveStatus.PREEMPTED))
         self._show_modes(mode)
 
     def _resting_mode(self) -> RobotMode:

@@ -15,6 +15,7 @@ from sim.stand_in.world import Drive, World
 STEP_S = 0.001
 ELBOW_FLIP_RAD = -0.467  # of joint 4
 BRAKE_RAD_S2 = 10.0
+YIELD_TICKS = 300
 
 
 @dataclass
@@ -42,6 +43,7 @@ class CommandTracker:
         self._pose = state.value.O_T_EE_c.reshape(4, 4).T  # view: row-major [4, 4] of the column-major field
         self._last_dP, self._last_dq = np.zeros(6), np.zeros(7)
         self._last_elbow, self._last_delbow = np.zeros(2), np.zeros(2)
+        self._yield_ticks = 0
         self.hold_here()
 
     def hold_here(self) -> None:
@@ -58,10 +60,18 @@ class CommandTracker:
             view[:] = 0.0
         value.tau_J_d[:] = 0.0
 
+    @property
+    def is_at_rest(self) -> bool:
+        return not self._yield_ticks and not self.value.dq_d.any()
+
     def brake(self) -> None:
         """One tick without a motion: what still moves slows down."""
         value = self.value
-        if value.dq_d.any():
+        if self._yield_ticks:
+            self._yield_ticks -= 1
+            value.q_d[:], value.dq_d[:] = self.world.q, 0.0
+            self.pose_from_joints()
+        elif value.dq_d.any():
             value.dq_d -= np.clip(value.dq_d, -BRAKE_RAD_S2 * STEP_S, BRAKE_RAD_S2 * STEP_S)
             value.q_d += STEP_S * value.dq_d
             self.pose_from_joints()
@@ -143,16 +153,23 @@ class CommandTracker:
         self.world.velocity_target[:] = self.value.dq_d
 
     def begin(self, motion: Motion) -> None:
+        """Take up a motion from rest."""
+        self._yield_ticks = 0
         self.world.torque[:] = 0.0
         self.world.set_drive(Drive.TORQUE if motion.is_torque else Drive.POSITION)
 
-    def end(self, motion: Motion) -> None:
-        """Back to holding. A motion that was cut off leaves its speed to `brake`."""
+    def end(self, motion: Motion, aborted: bool) -> None:
+        """Back to holding. What still moves is left to `brake`.
+
+        After an abort the arm yields for a moment, damped, and holds where that leaves it: it must not go on pressing.
+        """
         value = self.value
-        if motion.is_torque:
+        self._yield_ticks = YIELD_TICKS if aborted else 0
+        if motion.is_torque or aborted:
             value.q_d[:], value.dq_d[:] = self.world.q, self.world.dq
             value.tau_J_d[:] = 0.0
             self.world.set_drive(Drive.POSITION)
+            self.pose_from_joints()
         for view in (value.ddq_d, value.O_dP_EE_c, value.O_ddP_EE_c, value.delbow_c, value.ddelbow_c):
             view[:] = 0.0
         self._drive()

@@ -4,10 +4,7 @@ Kinematics, inertias and meshes of the arm come from the FR3 description that th
 meshes have 242 000 faces, far too many for a software renderer, so the arm is drawn with its collision meshes.
 """
 
-import os
 from importlib.resources import files
-
-os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported: no display is needed
 
 import mujoco
 import numpy as np
@@ -25,6 +22,7 @@ TABLE_CENTRE_M, TABLE_HALF_M = (0.42, 0.0), (0.60, 0.70)
 POSITION_GROUP, TORQUE_GROUP = 1, 2  # actuator groups; one of the two is disabled
 
 # What touches what (contype, conaffinity): the arm touches table, plate and cube; the cube also table and plate.
+HARD = [0.004, 1.0]  # contact time constant (s), damping ratio
 ARM_TOUCH, FURNITURE_TOUCH, CUBE_TOUCH, NO_TOUCH = (1, 0), (2, 1), (4, 3), (0, 0)
 
 
@@ -138,7 +136,7 @@ def _hand(spec: mujoco.MjSpec, bodies: Bodies) -> None:
     drive = spec.add_actuator(name="hand", target="hand_width", trntype=mujoco.mjtTrn.mjTRN_TENDON)
     drive.set_to_position(kp=4000.0, kv=160.0)
     drive.forcelimited, drive.forcerange = True, [-30.0, 30.0]
-    contact = {"condim": 4, "friction": [bodies.friction, 0.01, 0.0001], "solref": [0.004, 1.0], "group": 3}
+    contact = {"condim": 4, "friction": [bodies.friction, 0.01, 0.0001], "solref": HARD, "group": 3}
     box, (touch, affinity) = mujoco.mjtGeom.mjGEOM_BOX, ARM_TOUCH
     for side in ("left", "right"):
         finger = spec.body(f"{side}_finger")
@@ -195,7 +193,7 @@ def _surroundings(spec: mujoco.MjSpec, looks: Looks) -> None:
     touch, affinity = FURNITURE_TOUCH
     spec.worldbody.add_geom(
         name="table", type=box, pos=[x, y, -0.1], size=[half_x, half_y, 0.1], contype=touch, conaffinity=affinity,
-        friction=[0.9, 0.005, 0.0001], group=3,
+        friction=[0.9, 0.005, 0.0001], solref=HARD, group=3,
     )  # fmt: skip
     for name, pos, zaxis in (
         ("wall_x", [-1.4, 0, 0], [1, 0, 0]),
@@ -235,6 +233,7 @@ def _things(spec: mujoco.MjSpec, bodies: Bodies, looks: Looks) -> None:
         conaffinity=affinity,
         group=3,
         friction=[bodies.friction, 0.005, 0.0001],
+        solref=HARD,
     )
     vertices, faces = _plate_mesh(bodies.plate_radius_m, thickness)
     spec.add_mesh(name="plate", uservert=vertices.ravel(), userface=faces.ravel())
