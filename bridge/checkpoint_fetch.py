@@ -1,0 +1,341 @@
+"""The receiving end of `bridge.checkpoint_stream`: a thread that turns announcements into verified bundles on disk.
+
+root/000012/           finished bundles (docs/contract.md, section 5)
+root/.incoming/        the bundle under way; what lies there is hashed and used again after a kill
+root/.announcement     the last announcement that was accepted: older ones are refused from then on
+"""
+
+import json
+import logging
+import queue
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from bridge import durable
+from bridge.announcement import open_announcement
+from bridge.checkpoint import (
+    CONTRACT,
+    MAX_BUNDLE_BYTES,
+    bundle_path,
+    bundles,
+    finish_bundle,
+    info_of,
+    prune_bundles,
+    read_manifest,
+    verify_bundle,
+)
+from bridge.codec import Limits, Message, decode, encode
+from bridge.embodiment import Embodiment
+from bridge.errors import BridgeError, CorruptData, Refused, SchemaMismatch
+from bridge.handshake import CallerEnd
+from bridge.keys import Keys
+from bridge.messages import CheckpointInfo
+from bridge.sockets import Transport, receive
+from bridge.transfer import Assembly, BlockSource, read_files
+
+log = logging.getLogger(__name__)
+
+LIMITS = Limits(frames=2, frame_bytes=64 * 1024 * 1024)  # a manifest is the largest single frame
+WINDOW = 8  # blocks under way to one subscriber: 32 MiB
+ANNOUNCEMENT, INCOMING = ".announcement", ".incoming"
+ASK_CURRENT_S = 2.0
+SILENCE_S = 5.0  # without even an answer to `current`: say hello and ask again
+BACK_OFF_S = 2.0  # after a failed disk or a damaged bundle
+
+
+class CheckpointSubscriber:
+    """`poll` and `confirm` are for one thread, and never wait. `poll` raises what a person has to look at, once each:
+    SchemaMismatch for a checkpoint of another embodiment, Refused when the publisher does not let us in.
+
+    current_version: what already runs, so that only newer versions (or rollbacks) are handed out.
+    """
+
+    def __init__(
+        self,
+        announce_endpoint: str,
+        fetch_endpoint: str,
+        root: Path,
+        embodiment: Embodiment,
+        *,
+        keys: Keys | None = None,
+        role: str = "server",
+        keep: int = 3,
+        current_version: int = -1,
+        allow_contract_mismatch: list[str] | None = None,
+    ):
+        self._allow = allow_contract_mismatch
+        self.root, self.embodiment, self._keys, self._keep = Path(root), embodiment, keys, keep
+        self._running = current_version
+        self._ready: queue.SimpleQueue[Path | BaseException] = queue.SimpleQueue()
+        self._to_confirm: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._confirmed = -1
+        self._sequence = -1
+        self._target: CheckpointInfo | None = None
+        self._manifest: bytes | None = None
+        self._assembly: Assembly | None = None
+        self._contract_seen = False
+        self._heard_s = self._asked_current_s = self._resume_s = 0.0
+        names = ("announcements", "refused", "bytes_fetched", "bytes_reused", "bundles", "damaged", "disk_errors")
+        self._counts = dict.fromkeys(names, 0)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._transport = Transport(keys)
+        self._announcements = self._transport.connect(zmq.SUB, announce_endpoint, "checkpoints", LIMITS)
+        self._announcements.subscribe(b"")
+        # The contract is checked on each announcement, not here: a publisher may change embodiment.
+        self._end = CallerEnd(
+            fetch_endpoint, "checkpoints", None, role=role, keys=keys, limits=LIMITS, hello=self._hello
+        )
+        self._welcomes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="checkpoint-subscriber", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> Path | None:
+        """A new verified bundle, ready to load, each once. Only the newest if several came."""
+        newest = None
+        while True:
+            try:
+                item = self._ready.get_nowait()
+            except queue.Empty:
+                return newest
+            if isinstance(item, BaseException):
+                raise item
+            newest = item
+
+    def confirm(self, version: int) -> None:
+        """Tell the publisher that this version runs now."""
+        self._running = version
+        self._to_confirm.put(version)
+
+    def stats(self) -> dict[str, Any]:
+        assembly = self._assembly
+        progress = assembly.bytes_here / max(1, assembly.bytes_total) if assembly else 1.0
+        target = self._target.version if self._target else -1
+        return self._counts | {"connected": self._end.ready, "target_version": target, "progress": progress}
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    # --- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._recall()
+            while not self._stop.is_set():
+                self._step()
+        except BaseException as error:  # the owner must hear of it: poll raises it
+            self._ready.put(error)
+            raise
+        finally:
+            if self._assembly is not None:
+                self._assembly.close()
+            self._end.close()
+            self._transport.close()
+
+    def _step(self) -> None:
+        try:
+            self._hear_announcements()
+            message = self._end.receive(0.02)
+            while message is not None:
+                self._heard_s = time.monotonic()
+                self._take(message)
+                self._go_on()
+                message = self._end.receive(0.0)
+            if self._end.welcomes != self._welcomes:
+                self._welcomes, self._heard_s = self._end.welcomes, time.monotonic()
+                self._consider(self._end.welcome)
+                if self._assembly is not None:
+                    self._assembly.ask_again()
+            while not self._to_confirm.empty():
+                self._confirmed = self._to_confirm.get()
+                self._end.send(encode("confirm", {"version": self._confirmed}))
+            self._go_on()
+        except (Refused, SchemaMismatch) as error:
+            self._counts["refused"] += 1
+            log.error("%s", error)
+            self._ready.put(error)
+        except OSError as error:  # a full or failing disk: what was written stays of use
+            self._pause("disk_errors", error)
+        except CorruptData as error:
+            self._pause("damaged", error)
+
+    def _hello(self) -> dict[str, Any]:
+        return {"policy_version": self._confirmed}
+
+    def _hear_announcements(self) -> None:
+        while True:
+            try:
+                if (frames := receive(self._announcements, LIMITS)) is None:
+                    return
+                self._consider(decode(frames, LIMITS).body)
+            except BridgeError as error:
+                log.warning("dropped an announcement: %s", error)
+
+    def _recall(self) -> None:
+        """After a restart: the last accepted announcement still holds, and may have a bundle to finish."""
+        try:
+            stored = json.loads((self.root / ANNOUNCEMENT).read_text())
+            self._consider({key: bytes.fromhex(value) for key, value in stored.items()})
+        except FileNotFoundError:
+            return
+        except (ValueError, AttributeError) as error:
+            log.warning("%s is damaged (%s); waiting for the publisher", self.root / ANNOUNCEMENT, error)
+
+    def _consider(self, body: dict[str, Any]) -> None:
+        """Accept an announcement that is genuine, new and ahead; refuse and log any other."""
+        if "announcement" not in body:
+            return  # a publisher that has announced nothing yet
+        try:
+            info, sequence = open_announcement(body, self._keys)
+            if sequence < self._sequence:
+                raise Refused(f"announcement {sequence} of version {info.version} is older than {self._sequence}")
+        except BridgeError as error:
+            self._counts["refused"] += 1
+            log.warning("refused an announcement: %s", error)
+            return
+        if sequence == self._sequence:
+            return
+        if info.version <= self._running and not info.rollback:
+            log.info("version %d is announced; %d runs already", info.version, self._running)
+        self._counts["announcements"] += 1
+        text = json.dumps({key: body[key].hex() for key in ("announcement", "signature")})
+        durable.write_text(self.root / ANNOUNCEMENT, text)
+        self._sequence = sequence
+        self._give_up()
+        if info.version > self._running or info.rollback:
+            self._target, self._resume_s = info, 0.0
+
+    def _give_up(self) -> None:
+        if self._assembly is not None:
+            self._assembly.close()
+        self._target = self._manifest = self._assembly = None
+        self._contract_seen = False
+
+    def _pause(self, count: str, error: Exception) -> None:
+        """Begin this bundle again in a while, from what is on the disk."""
+        self._counts[count] += 1
+        log.error("version %s: %s; trying again in %.0f s", self._target and self._target.version, error, BACK_OFF_S)
+        target = self._target
+        self._give_up()
+        self._target, self._resume_s = target, time.monotonic() + BACK_OFF_S
+
+    def _go_on(self) -> None:
+        """The next step towards the announced bundle: look for it here, ask for its manifest, its blocks, finish."""
+        now_s = time.monotonic()
+        if self._end.ready and now_s - self._asked_current_s > ASK_CURRENT_S:
+            self._asked_current_s = now_s
+            self._end.send(encode("current", {}))
+        if self._end.ready and now_s - self._heard_s > SILENCE_S:
+            self._heard_s = now_s
+            self._end.doubt()
+        if self._target is None or now_s < self._resume_s:
+            return
+        if self._assembly is None:
+            self._begin(now_s)
+        elif self._assembly.complete:
+            self._finish()
+        elif self._end.ready and (wanted := self._assembly.wants(WINDOW)):
+            self._end.send(encode("want", {"hashes": wanted}))
+
+    def _begin(self, now_s: float) -> None:
+        """Use the bundle if it lies here already, else ask for its manifest."""
+        folder = bundle_path(self.root, self._target.version)
+        if _manifest_hash(folder) == self._target.manifest_sha256 and _is_whole(folder):
+            self._require_contract(folder)
+            self._hand_out(folder)
+        elif self._end.send(encode("want", {"hashes": [self._target.manifest_sha256]})):
+            self._resume_s = now_s + SILENCE_S  # ask again then, unless it comes before
+
+    def _take(self, message: Message) -> None:
+        sha, data = message.body.get("sha256"), message.body.get("data")
+        if message.kind == "current":
+            self._consider(message.body)
+        elif message.kind == "absent" and self._target is not None:
+            raise CorruptData(f"the publisher does not have block {str(sha)[:16]}")
+        elif message.kind == "block" and self._target is not None and isinstance(data, memoryview):
+            if self._assembly is None and sha == self._target.manifest_sha256:
+                self._take_manifest(bytes(data))
+            elif self._assembly is not None and isinstance(sha, str) and self._assembly.put(sha, data):
+                self._counts["bytes_fetched"] += len(data)
+                self._check_contract()
+
+    def _take_manifest(self, manifest: bytes) -> None:
+        info = info_of(manifest)
+        if info.manifest_sha256 != self._target.manifest_sha256 or info.version != self._target.version:
+            raise CorruptData(f"the manifest of version {self._target.version} is not the announced one")
+        files = read_files(manifest, MAX_BUNDLE_BYTES)
+        if CONTRACT not in files:
+            raise CorruptData(f"the bundle has no {CONTRACT}")
+        incoming = self.root / INCOMING
+        name = self._target.manifest_sha256[:32]
+        for other in incoming.glob("*"):
+            if other.name != name:
+                shutil.rmtree(other)
+        self._manifest, self._resume_s = manifest, 0.0
+        self._assembly = Assembly(incoming / name, dict(sorted(files.items(), key=_contract_first)), self._local())
+        self._counts["bytes_reused"] += self._assembly.bytes_local
+        self._check_contract()
+
+    def _local(self) -> BlockSource:
+        """Blocks of the bundles that are here: what did not change does not travel."""
+        source = BlockSource()
+        for folder in bundles(self.root).values():
+            try:
+                source.add(folder, read_manifest(folder)[1])
+            except CorruptData as error:
+                log.warning("%s is of no use: %s", folder, error)
+        return source
+
+    def _check_contract(self) -> None:
+        """Before gigabytes travel: is this bundle for our embodiment? `poll` raises SchemaMismatch if not."""
+        if not self._contract_seen and self._assembly.has(CONTRACT):
+            self._require_contract(self._assembly.folder)
+            self._contract_seen = True
+
+    def _require_contract(self, folder: Path) -> None:
+        theirs, version = Embodiment.load(folder / CONTRACT), self._target.version
+        try:
+            self.embodiment.require_same(theirs, f"checkpoint version {version}", self._allow)
+        except SchemaMismatch:
+            self._give_up()  # until another one is announced
+            raise
+
+    def _finish(self) -> None:
+        self._assembly.finish()
+        folder = bundle_path(self.root, self._target.version)
+        finish_bundle(self._assembly.folder, folder, self._manifest)
+        self._counts["bundles"] += 1
+        prune_bundles(self.root, self._keep, {self._target.version, self._target.parent_version, self._running})
+        self._hand_out(folder)
+
+    def _hand_out(self, folder: Path) -> None:
+        version = self._target.version
+        self._give_up()
+        log.info("version %d is ready in %s", version, folder)
+        self._ready.put(folder)
+
+
+def _manifest_hash(folder: Path) -> str | None:
+    try:
+        return read_manifest(folder)[0].manifest_sha256
+    except CorruptData:
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify_bundle(folder)
+    except CorruptData as error:
+        log.warning("fetching %s again: %s", folder, error)
+        return False
+    return True
+
+
+def _contract_first(item: tuple[str, Any]) -> tuple[bool, str]:
+    return item[0] != CONTRACT, item[0]
