@@ -41,6 +41,8 @@ def build_model(config: CellConfig, embodiment: Embodiment) -> mujoco.MjModel:
     _surroundings(spec, config.looks)
     _things(spec, config.bodies, config.looks)
     for name, camera in embodiment.cameras.items():
+        spec.visual.global_.offwidth = max(spec.visual.global_.offwidth, camera.width)
+        spec.visual.global_.offheight = max(spec.visual.global_.offheight, camera.height)
         _camera(spec, name, camera, config.camera_errors.get(name, CameraError()))
     return spec.compile()
 
@@ -160,6 +162,7 @@ def _hand(spec: mujoco.MjSpec, bodies: Bodies) -> None:
 def _surroundings(spec: mujoco.MjSpec, looks: Looks) -> None:
     spec.visual.quality.offsamples = 0  # multisampling doubles the cost of a picture
     spec.visual.quality.shadowsize = 1024
+    spec.visual.quality.numquads = 2
     spec.visual.headlight.ambient = [looks.ambient] * 3
     spec.visual.headlight.diffuse = [0.22] * 3
     spec.visual.headlight.specular = [0.0] * 3
@@ -176,7 +179,7 @@ def _surroundings(spec: mujoco.MjSpec, looks: Looks) -> None:
         castshadow=looks.shadows,
     )
     rgba = lambda rgb: [*rgb, 1.0]  # noqa: E731
-    plane, box = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
+    box = mujoco.mjtGeom.mjGEOM_BOX
     touch, affinity = NO_TOUCH
     still = {"contype": touch, "conaffinity": affinity}
     # Nearest first: the renderer skips pixels that are covered already. And planks of plain colour instead of a
@@ -195,13 +198,13 @@ def _surroundings(spec: mujoco.MjSpec, looks: Looks) -> None:
         name="table", type=box, pos=[x, y, -0.1], size=[half_x, half_y, 0.1], contype=touch, conaffinity=affinity,
         friction=[0.9, 0.005, 0.0001], solref=HARD, group=3,
     )  # fmt: skip
-    for name, pos, zaxis in (
-        ("wall_x", [-1.4, 0, 0], [1, 0, 0]),
-        ("wall_y", [0, -1.8, 0], [0, 1, 0]),
-        ("floor", [0, 0, FLOOR_Z_M], [0, 0, 1]),
+    for name, pos, size in (
+        ("wall_x", [-1.4, 0, 0], [0.01, 3, 2]),
+        ("wall_y", [0, -1.8, 0], [3, 0.01, 2]),
+        ("floor", [0, 0, FLOOR_Z_M], [3, 3, 0.01]),
     ):
         rgb = looks.floor_rgb if name == "floor" else looks.wall_rgb
-        spec.worldbody.add_geom(name=name, type=plane, size=[3, 3, 0.5], pos=pos, zaxis=zaxis, rgba=rgba(rgb), **still)
+        spec.worldbody.add_geom(name=name, type=box, pos=pos, size=size, rgba=rgba(rgb), **still)
 
 
 def _things(spec: mujoco.MjSpec, bodies: Bodies, looks: Looks) -> None:
@@ -298,11 +301,20 @@ class PictureMaker:
 
     def __init__(self, model: mujoco.MjModel):
         self.model, self.data = model, mujoco.MjData(model)
-        self.shadows = bool(model.light_castshadow.any())
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        width, height = model.vis.global_.offwidth, model.vis.global_.offheight
+        self._gl = mujoco.GLContext(width, height)
+        self._gl.make_current()
+        self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        self._scene = mujoco.MjvScene(model, maxgeom=200)
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = bool(model.light_castshadow.any())
+        self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._option = mujoco.MjvOption()
         self._option.geomgroup[:] = [1, 0, 1, 0, 0, 0]
         self._option.sitegroup[:] = 0
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._bottom_up: dict[str, np.ndarray] = {}
 
     def set_state(self, qpos: np.ndarray, plate_pos_m: np.ndarray) -> None:
         self.data.qpos[:] = qpos
@@ -310,18 +322,18 @@ class PictureMaker:
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
 
-    def render(self, camera: str, out: np.ndarray) -> np.ndarray:
-        """Fill and return `out`, uint8 [H, W, 3] RGB."""
-        size = out.shape[:2]
-        if size not in self._renderers:
-            self._renderers[size] = mujoco.Renderer(self.model, *size, max_geom=200)
-        renderer = self._renderers[size]
-        renderer.update_scene(self.data, camera=camera, scene_option=self._option)
-        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.shadows
-        return renderer.render(out=out)
+    def render(self, camera: str, out: np.ndarray) -> None:
+        """Fill `out`, uint8 [H, W, 3] RGB."""
+        height, width = out.shape[:2]
+        self._camera.fixedcamid = self.model.camera(camera).id
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, self.data, self._option, None, self._camera, everything, self._scene)
+        rect = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(rect, self._scene, self._context)
+        bottom_up = self._bottom_up.setdefault(camera, np.empty_like(out))
+        mujoco.mjr_readPixels(bottom_up, None, rect, self._context)
+        out[:] = bottom_up[::-1]
 
     def close(self) -> None:
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
+        self._context.free()
+        self._gl.free()
