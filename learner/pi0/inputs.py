@@ -33,7 +33,7 @@ def load_tokenizer(source: str | Path = PALIGEMMA) -> Tokenizer:
 
 
 def prepare_images(pictures: Tensor, size: int, device: torch.device | str) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in [-1, 1]: resized without distortion, centred on black (-1)."""
+    """uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in [-1, 1]: undistorted, centred on black (-1)."""
     x = pictures.to(device).permute(0, 3, 1, 2).float() / 255.0
     height, width = x.shape[2:]
     if (height, width) != (size, size):

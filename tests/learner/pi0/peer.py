@@ -22,11 +22,13 @@ PEERS = {
 }
 
 
-def build_peer(model: ModelConfig, cameras: tuple[str, ...] = ("third_person", "wrist"), **options) -> torch.nn.Module:
+def build_peer(
+    model: ModelConfig, cameras: tuple[str, ...] = ("third_person", "wrist"), device: str = "cpu", **options
+) -> torch.nn.Module:
     """A LeRobot policy with the shapes of `model` and random weights everywhere (its own init leaves zeros)."""
     module, policy_class, config_class = PEERS[model.variant]
     config = config_class(
-        device="cpu",
+        device=device,
         chunk_size=model.horizon,
         n_action_steps=model.horizon,
         image_resolution=(model.vision.image_size, model.vision.image_size),
@@ -49,9 +51,10 @@ def build_peer(model: ModelConfig, cameras: tuple[str, ...] = ("third_person", "
 
 def randomise(policy: torch.nn.Module, seed: int = 0) -> None:
     """Non-trivial values for every parameter, so that no term can hide behind a zero."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(policy.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     for parameter in policy.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device=device)
         scale = 0.1 if parameter.ndim < 2 else 0.7 / max(parameter[0].numel(), 1) ** 0.5
         parameter.data.copy_(noise * scale)
 
