@@ -257,6 +257,13 @@ def finished_episodes(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{RECORD_FILE}") if path.parent.suffix != PARTIAL)
 
 
+def remove_episode(folder: Path) -> None:
+    """Delete an episode that lies safe elsewhere; a kill on the way leaves only what `remove_unfinished` removes."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    os.rename(folder, partial)
+    shutil.rmtree(partial)
+
+
 def remove_unfinished(folder: Path) -> int:
     """Delete what killed writers left in `folder`; returns how many episodes that were."""
     partial = list(folder.glob("*" + PARTIAL))

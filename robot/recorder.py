@@ -335,4 +335,7 @@ class EpisodeRecorder:
             self.aligner.stats.max_backlog = max(self.aligner.stats.max_backlog, backlog)
             if backlog > self.config.max_backlog_frames:
                 raise RecordingBroken(f"the encoders are {backlog} pictures behind: this machine is too busy")
-            writer.add(images, row)
+            try:
+                writer.add(images, row)
+            except (ValueError, RuntimeError) as error:  # a picture of another size, a full disk
+                raise RecordingBroken(str(error)) from error

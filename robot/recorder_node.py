@@ -1,0 +1,190 @@
+"""ROS node that records episodes. All thinking is in `robot.recorder`; here messages become calls and back.
+
+`save_episode` puts the episode into the local data set, or hands it to the sender when `demos_endpoint` is set. Its
+answer's message is JSON: rows, seconds of CPU, gaps, and where the episode went.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from geometry_msgs.msg import PoseStamped
+from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import Image, JointState
+from std_srvs.srv import SetBool, Trigger
+
+from bridge import pose
+from bridge.dataset import DatasetStore
+from bridge.demo_stream import DemoSender
+from bridge.episode import finished_episodes, remove_episode, remove_unfinished
+from bridge.errors import BridgeError
+from robot import params
+from robot.config import setting
+from robot.recorder import EpisodeRecorder, RecorderConfig
+from robot.spin import run_node
+
+STATUS_PERIOD_S = 0.5
+
+
+@dataclass
+class RecorderNodeConfig:
+    """Where episodes go, and how streams are matched."""
+
+    dataset_root: str = setting("", "data set that saved episodes go to, when demos_endpoint is empty")
+    repo_id: str = setting("cotwin/demonstrations", "LeRobot's name of the data set")
+    spool_dir: str = setting("", "where episodes are written and wait to be sent")
+    demos_endpoint: str = setting("", "learner that takes episodes, such as tcp://127.0.0.1:5602; empty: none")
+    domain: str = setting("real", "real, stand_in or twin")
+    instruction: str = setting("", "what is shown; empty: the first instruction of the embodiment contract")
+    recorder: RecorderConfig = field(default_factory=RecorderConfig)
+
+
+class RecorderNode(Node):
+    def __init__(self):
+        super().__init__("recorder_node")
+        self.embodiment = params.declare_embodiment(self)
+        self.config = params.declare(self, RecorderNodeConfig)
+        if not self.config.spool_dir:
+            raise ValueError("parameter spool_dir: name the folder where episodes are written")
+        self.spool = Path(self.config.spool_dir)
+        self.instruction = self.config.instruction or next(iter(self.embodiment.instructions), "")
+        if not self.instruction:
+            raise ValueError("parameter instruction: the embodiment contract has none to fall back on")
+        self.recordings = self.spool / "recordings"
+        self.recorder = EpisodeRecorder(self.embodiment, self.config.recorder, self.recordings, self.config.domain)
+        self._open_destination()
+        self._cpu_s = 0.0
+
+        track = self.recorder.aligner.sample
+        for name in ("tcp_pose", "target_pose", "requested_pose"):
+            self._subscribe(PoseStamped, name, lambda m, n=name: track(n, _stamp_ns(m), _matrix(m)))
+        self._subscribe(JointState, "joint_states", self._on_joints)
+        self._subscribe(JointState, "gripper_command", lambda m: track("gripper", _stamp_ns(m), tuple(m.position)))
+        self._subscribe(JointState, "teleop/action", lambda m: self.recorder.aligner.teleop(_stamp_ns(m)))
+        for camera in self.embodiment.cameras:
+            self._subscribe(Image, f"{camera}/image_raw", lambda m, c=camera: self._on_image(c, m))
+        self.create_service(Trigger, "start_episode", self._on_start)
+        self.create_service(SetBool, "save_episode", self._on_save)
+        self.create_service(Trigger, "discard_episode", self._on_discard)
+        self._status = self.create_publisher(DiagnosticStatus, "recorder_status", QoSProfile(depth=10))
+        self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    def close(self) -> None:
+        if self.recorder.recording:
+            self.recorder.discard()
+        if self.sender is not None:
+            self.sender.close()
+
+    def _open_destination(self) -> None:
+        """Also takes care of what an earlier process left in the folder of recordings."""
+        self.sender: DemoSender | None = None
+        self.store: DatasetStore | None = None
+        if self.recordings.is_dir():
+            remove_unfinished(self.recordings)
+        if self.config.demos_endpoint:
+            self.sender = DemoSender(self.config.demos_endpoint, self.embodiment, self.spool / "outgoing")
+        elif self.config.dataset_root:
+            root, fps = Path(self.config.dataset_root), self.config.recorder.fps
+            self.store = DatasetStore.open_or_create(root, self.config.repo_id, self.embodiment, fps)
+        else:
+            raise ValueError("parameter dataset_root: name the data set's folder, or set demos_endpoint")
+        for folder in finished_episodes(self.recordings):
+            self._deliver(folder)
+
+    def _subscribe(self, kind: Any, topic: str, callback: Any) -> None:
+        self.create_subscription(kind, topic, callback, QoSProfile(depth=20))
+
+    def _on_joints(self, message: JointState) -> None:
+        if message.name and message.name[-1] == "gripper_opening":
+            self.recorder.aligner.sample("opening", _stamp_ns(message), message.position[-1])
+
+    def _on_image(self, camera: str, message: Image) -> None:
+        if self.recorder.recording:
+            self.recorder.image(camera, _stamp_ns(message), picture_of(message))
+
+    def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        with self._answering(response):
+            response.message = self.recorder.start(self.instruction)
+            self._cpu_s = time.process_time()
+        return response
+
+    def _on_save(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        with self._answering(response):
+            folder, stats = self.recorder.save(request.data)
+            place = self._deliver(folder)
+            figures = asdict(stats) | {"repeated": sum(stats.repeated.values()), "fps": self.config.recorder.fps}
+            figures |= {"cpu_s": round(time.process_time() - self._cpu_s, 3), "episode": place}
+            response.message = json.dumps(figures)
+        return response
+
+    def _on_discard(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        with self._answering(response):
+            self.recorder.discard()
+        return response
+
+    def _deliver(self, folder: Path) -> str:
+        """Into the data set, or into the sender's spool; where it is safe the recording may go."""
+        place = folder.name
+        if self.sender is not None:
+            self.sender.enqueue(folder)
+        elif self.store is not None:
+            place = str(self.store.append(folder))
+        remove_episode(folder)
+        return place
+
+    @contextlib.contextmanager
+    def _answering(self, response: Any):
+        """What a caller can get wrong, and what broke the episode, is the answer and not the end of the node."""
+        try:
+            yield
+            response.success = True
+        except (ValueError, RuntimeError, BridgeError) as error:
+            response.success, response.message = False, str(error)
+            self.get_logger().error(str(error))
+
+    def _publish_status(self) -> None:
+        stats, broken = self.recorder.aligner.stats, self.recorder.broken
+        values = {
+            "recording": self.recorder.recording,
+            "rows": stats.rows,
+            "repeated": sum(stats.repeated.values()),
+            "max_gap_ms": round(stats.max_gap_ms, 1),
+            "backlog": stats.max_backlog,
+            "pending": self.sender.pending() if self.sender is not None else 0,
+        }
+        pairs = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
+        level = DiagnosticStatus.ERROR if broken else DiagnosticStatus.OK
+        text = broken or ("recording" if self.recorder.recording else "waiting")
+        self._status.publish(DiagnosticStatus(level=level, name="recorder", message=text, values=pairs))
+
+
+def picture_of(message: Image) -> np.ndarray:
+    """uint8 [H, W, 3] without a copy. ValueError for another encoding than packed rgb8."""
+    if message.encoding != "rgb8" or message.step != 3 * message.width:
+        raise ValueError(f"picture in {message.encoding!r} with step {message.step}: expected packed rgb8")
+    return np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
+
+
+def _stamp_ns(message: Any) -> int:
+    return message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+
+
+def _matrix(message: PoseStamped) -> np.ndarray:
+    p, q = message.pose.position, message.pose.orientation
+    return pose.pose(np.array([p.x, p.y, p.z]), pose.matrix_from_quat_xyzw(np.array([q.x, q.y, q.z, q.w])))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_node(RecorderNode, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
