@@ -22,7 +22,7 @@ class GripperConfig:
     force_n: float = setting(20.0, "grasping force", (1.0, 70.0))
     hysteresis: float = setting(0.1, "commands in [-1, 1] nearer to 0 than this change nothing", (0.0, 0.9))
     command_timeout_s: float = setting(
-        6.0, "a hand that does not finish a command in this time is a fault", (0.5, 30.0)
+        6.0, "a command that the hand does not finish in this time is a fault", (0.5, 30.0)
     )
 
 
@@ -63,21 +63,19 @@ class CameraConfig:
     """All cameras of one process. `serials` go with `cameras`, one each."""
 
     device: str = setting("realsense", "realsense, or stand_in for the software devices of the stand-in cell")
-    cameras: list[str] = setting(["third_person", "wrist"], "names of the cameras, as in the embodiment contract")
-    serials: list[str] = setting([""], "serial numbers in the order of `cameras`; empty: any camera")
+    cameras: list[str] = setting(["third_person", "wrist"], "names, as in the embodiment contract")  # noqa: RUF009
+    serials: list[str] = setting(["", ""], "serial numbers in the order of `cameras`; empty: any")  # noqa: RUF009
     rate_hz: float = setting(30.0, "pictures a second", (1.0, 90.0))
     frame_timeout_s: float = setting(1.0, "a camera that delivers nothing for this long is lost", (0.1, 10.0))
     max_repeats: int = setting(3, "the same picture more often than this in a row is a frozen camera", (1, 100))
     cell_frames: str = setting("tcp://127.0.0.1:5611", "stand_in only: where the cell gives out its states")
-    cell: str = setting("fr3_tabletop", "stand_in only: configs/cell/<name>.yaml, as the cell itself uses")
+    cell: str = setting("tabletop", "stand_in only: configs/cell/<name>.yaml, as the cell itself uses")
 
     def __post_init__(self):
         if self.device not in ("realsense", "stand_in"):
             raise ValueError(f"device {self.device!r}: allowed are 'realsense' and 'stand_in'")
-        if self.device == "realsense" and len(self.cameras) > 1 and len(self.serials) != len(self.cameras):
-            raise ValueError(
-                f"{len(self.cameras)} cameras {self.cameras} need a serial number each, got {self.serials}"
-            )
+        if self.device == "realsense" and len(self.serials) != len(self.cameras):
+            raise ValueError(f"cameras {self.cameras} need a serial number each, got {self.serials}")
 
 
 @dataclass

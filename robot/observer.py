@@ -51,9 +51,7 @@ class Observer:
     `decode` makes uint8 [H, W, 3] of what `add_picture` was given, for the few pictures that a policy really sees.
     """
 
-    def __init__(
-        self, cameras: list[str], max_age_ns: int, decode: Callable[[Any], np.ndarray] = lambda picture: picture
-    ):
+    def __init__(self, cameras: list[str], max_age_ns: int, decode: Callable[[Any], np.ndarray] = np.asarray):
         if not cameras:
             raise ValueError("an observer needs at least one camera")
         self.reference = REFERENCE_CAMERA if REFERENCE_CAMERA in cameras else cameras[0]

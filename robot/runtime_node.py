@@ -1,0 +1,159 @@
+"""ROS node around `robot.runtime`: cameras and arm in, actions out, on the policy's grid of the robot's clock.
+
+Pictures are kept as they came off the wire; only the few that a policy sees are unpacked. `action` carries its source
+(`policy` or `teleop`) in `header.frame_id`.
+"""
+
+import json
+import struct
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
+from geometry_msgs.msg import PoseStamped
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile
+from rclpy.serialization import deserialize_message
+from sensor_msgs.msg import Image, JointState
+from std_srvs.srv import Trigger
+
+from bridge import pose
+from bridge.policy_client import PolicyClient
+from robot import params
+from robot.clock import RobotClock
+from robot.config import RuntimeConfig
+from robot.observer import Observer
+from robot.runtime import GridLoop, Runtime
+from robot.spin import run_node
+
+STATUS_PERIOD_S = 0.2
+
+
+class RuntimeNode(Node):
+    def __init__(self):
+        super().__init__("runtime_node")
+        self.embodiment = params.declare_embodiment(self)
+        self.config = params.declare(self, RuntimeConfig, writable=("instruction",))
+        self.clock = RobotClock(self)
+        self.observer = Observer(list(self.embodiment.cameras), round(self.config.max_age_s * 1e9), _decode)
+        client = PolicyClient(self.config.policy_endpoint, self.embodiment) if self.config.policy_endpoint else None
+        self.runtime = Runtime(
+            self.config, self.embodiment, self.observer, client, self._publish_action, self.clock.now_ns
+        )
+        self.loop = GridLoop(self.runtime.period_ns, self.runtime.tick, self.clock)
+        self.add_on_set_parameters_callback(self._on_parameters)
+
+        newest = QoSProfile(depth=10)
+        self._action = self.create_publisher(JointState, "action", newest)
+        self._status = self.create_publisher(DiagnosticStatus, "runtime_status", newest)
+        self._message = JointState(name=list(pose.ACTION_NAMES))
+        if client is not None:  # nobody looks at pictures without a policy
+            for name in self.embodiment.cameras:
+                receive = lambda raw, name=name: self._on_image(name, raw)  # noqa: E731
+                self.create_subscription(Image, f"{name}/image_raw", receive, QoSProfile(depth=2), raw=True)
+            self.create_subscription(PoseStamped, "tcp_pose", self._on_pose, newest)
+            self.create_subscription(JointState, "joint_states", self._on_joints, newest)
+        self.create_subscription(JointState, "teleop/action", self._on_teleop, newest)
+        self.create_subscription(DiagnosticStatus, "safety_state", self._on_safety_state, newest)
+        self.create_service(Trigger, "~/start", self._on_start)
+        self.create_service(Trigger, "~/stop", self._on_stop)
+        self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self.loop.run, args=(self._closing,), name="runtime", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(timeout=2.0)
+
+    def _publish_action(self, action: np.ndarray, stamp_ns: int, source: str) -> None:
+        message = self._message
+        message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp_ns, 1_000_000_000)
+        message.header.frame_id = source
+        message.position = np.asarray(action, dtype=np.float64).tolist()
+        self._action.publish(message)
+
+    def _on_image(self, camera: str, raw: bytes) -> None:
+        self.observer.add_picture(camera, _stamp_of(raw), raw)
+
+    def _on_pose(self, message: PoseStamped) -> None:
+        p, q = message.pose.position, message.pose.orientation
+        T_base_tcp = pose.pose([p.x, p.y, p.z], pose.matrix_from_quat_xyzw([q.x, q.y, q.z, q.w]))
+        self.observer.add_pose(_nanoseconds(message.header.stamp), T_base_tcp)
+
+    def _on_joints(self, message: JointState) -> None:
+        opening_m = message.position[message.name.index("gripper_opening")]
+        self.observer.add_opening(_nanoseconds(message.header.stamp), opening_m)
+
+    def _on_teleop(self, message: JointState) -> None:
+        try:
+            if tuple(message.name) != pose.ACTION_NAMES:
+                raise ValueError(f"names are {list(message.name)}")
+            self.runtime.teleop.add(message.position)
+        except ValueError as error:
+            self.get_logger().warning(f"teleop action refused: {error}", throttle_duration_sec=1.0)
+
+    def _on_safety_state(self, message: DiagnosticStatus) -> None:
+        self.runtime.arm_state(next((pair.value for pair in message.values if pair.key == "state"), ""))
+
+    def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        response.success = self.runtime.arm_ready and self.runtime.policy is not None
+        if response.success:
+            self.loop.forget()
+            self.runtime.start()
+            response.message = f"started: {self.runtime.instruction}"
+        else:
+            response.message = "the arm is not ready" if self.runtime.policy else "no policy_endpoint is set"
+        return response
+
+    def _on_stop(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self.runtime.stop()
+        response.success, response.message = True, "stopped"
+        return response
+
+    def _on_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
+        for parameter in parameters:
+            if parameter.name == "instruction":
+                self.runtime.instruction = parameter.value or next(iter(self.embodiment.instructions), "")
+        return SetParametersResult(successful=True)
+
+    def _publish_status(self) -> None:
+        """`values`: state and reason of the last tick; figures since the last start, lists as JSON."""
+        runtime, tick = self.runtime, self.runtime.last
+        state = {"teleop": "TELEOP", "policy": "RUNNING", "hold": "HOLD" if runtime.started else "IDLE"}[tick.source]
+        figures = {"state": state, "reason": tick.reason, "intervention": tick.source == "teleop"}
+        figures |= runtime.figures() | self.loop.figures()
+        values = [KeyValue(key=k, value=v if isinstance(v, str) else json.dumps(v)) for k, v in figures.items()]
+        level = DiagnosticStatus.WARN if state == "HOLD" else DiagnosticStatus.OK
+        text = f"{state}: {tick.reason}" if tick.reason else state
+        self._status.publish(DiagnosticStatus(level=level, name="runtime", message=text, values=values))
+
+
+def _nanoseconds(stamp: Any) -> int:
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def _stamp_of(raw: bytes) -> int:
+    """Stamp of a serialised message that begins with a header: CDR puts it after four bytes with the byte order."""
+    sec, nanosec = struct.unpack_from("<iI" if raw[1] & 1 else ">iI", raw, 4)
+    return sec * 1_000_000_000 + nanosec
+
+
+def _decode(raw: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] of a serialised Image."""
+    image = deserialize_message(raw, Image)
+    assert image.encoding == "rgb8", image.encoding
+    return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_node(RuntimeNode, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

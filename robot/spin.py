@@ -1,0 +1,43 @@
+"""How every node of the robot side starts and ends."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+
+LOOK_S = 0.2  # a signal that comes while nothing happens is seen this late
+
+
+class NodeError(RuntimeError):
+    """What a node depends on is not there; the process ends with this line and code 1. May be raised in callbacks."""
+
+
+def run_node(make_node: Callable[[], Node], argv: list[str] | None = None) -> int:
+    """Spin until SIGINT or SIGTERM; returns the process's exit code (2: a setting that makes no sense).
+
+    ROS stays up until the node's `close()`, if it has one, has run: threads of a node may publish to the end.
+    """
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    rclpy.init(args=argv if argv is None else ["node", *argv], signal_handler_options=SignalHandlerOptions.NO)
+    node, executor = None, SingleThreadedExecutor()
+    try:
+        node = make_node()
+        executor.add_node(node)
+        while not signals:
+            executor.spin_once(timeout_sec=LOOK_S)
+        return 0
+    except (ValueError, NodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    finally:
+        if node is not None:
+            getattr(node, "close", lambda: None)()
+            executor.shutdown(timeout_sec=1.0)
+            node.destroy_node()
+        rclpy.try_shutdown()

@@ -1,0 +1,88 @@
+"""Two ways to make an arm follow a stream of absolute poses. Each is used by the thread that owns the robot alone.
+
+Measured against a lock-step FR3: `position` trails by 55 to 75 ms with 0.3 to 0.5 mm rms, `impedance` by 80 ms with
+0.15 mm, and stays soft in contact. Relative targets are never used: each is resolved against the commanded pose of
+the moment it arrives and loses millimetres.
+"""
+
+import time
+
+import franky
+import numpy as np
+
+from robot.config import ArmConfig
+
+# franky's own errors, and what it throws beside them: planner failures and dead connections are RuntimeErrors.
+ROBOT_ERRORS = (franky.Exception, franky.InvalidMotionTypeException, franky.MotionReuseException, RuntimeError)
+STOP_TIMEOUT_S = 1.5
+SAME_M = 1e-7
+
+
+class PositionStream:
+    """Franka's own position control, fed with jerk-limited motions that preempt each other within one session."""
+
+    def __init__(self, robot: franky.Robot, config: ArmConfig):
+        self._robot = robot
+        self._last: np.ndarray | None = None
+
+    def check(self) -> None:
+        """Raises what ended the session, if something did."""
+        if self._last is not None and has_ended(self._robot):
+            raise RuntimeError("the arm ended the motion by itself")
+
+    def send(self, T_base_target: np.ndarray) -> None:
+        if self._last is not None and np.abs(T_base_target - self._last).max() < SAME_M:
+            return
+        # With the default `return_when_finished` a small step would end the session before the next one comes.
+        motion = franky.CartesianMotion(franky.Affine(T_base_target), return_when_finished=False)
+        self._robot.move(motion, asynchronous=True)
+        self._last = np.array(T_base_target)
+
+    def stop(self) -> None:
+        """Brake and end the session. Raises what the session ended with instead."""
+        if self._last is not None and not has_ended(self._robot):
+            self._robot.move(franky.CartesianStopMotion(), asynchronous=True)
+            _wait_for_end(self._robot)
+
+
+class ImpedanceStream:
+    """franky's Cartesian impedance tracker: torque control around the target, the more tolerant of the two."""
+
+    def __init__(self, robot: franky.Robot, config: ArmConfig):
+        self._robot = robot
+        self._tracker = franky.CartesianImpedanceTracker(
+            robot,
+            translational_stiffness=config.translational_stiffness_n_m,
+            rotational_stiffness=config.rotational_stiffness_nm_rad,
+        )
+
+    def check(self) -> None:
+        if has_ended(self._robot):
+            raise RuntimeError("the arm ended the motion by itself")
+
+    def send(self, T_base_target: np.ndarray) -> None:
+        self._tracker.set_target(franky.Affine(T_base_target))
+
+    def stop(self) -> None:
+        if not has_ended(self._robot):
+            self._robot.move(franky.TorqueStopMotion(), asynchronous=True)
+            _wait_for_end(self._robot)
+
+
+def has_ended(robot: franky.Robot) -> bool:
+    """Whether no motion runs. Raises what the last one ended with. (franky's `poll_motion` says the opposite of its
+    documentation, so this asks `join_motion`.)"""
+    return robot.join_motion(timeout=0.0)
+
+
+def _wait_for_end(robot: franky.Robot) -> None:
+    """Joining waits for ever when the robot has gone; this does not."""
+    until_s = time.monotonic() + STOP_TIMEOUT_S
+    while not has_ended(robot):
+        if time.monotonic() > until_s:
+            raise RuntimeError(f"the arm did not come to rest in {STOP_TIMEOUT_S} s")
+        time.sleep(0.005)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
