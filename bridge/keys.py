@@ -137,7 +137,11 @@ class Keys:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """What the ZAP handler asks: may this CURVE key connect to the channel `domain`?"""
-        peer = self.allowed.get(key if isinstance(key, str) else key.decode())
+        try:
+            peer = self.allowed.get(key if isinstance(key, str) else key.decode())
+        except (ValueError, TypeError, OSError) as error:
+            log.error("refused everybody: %s cannot be read: %s", self.folder / ALLOWED, error)
+            return False
         if peer is None:
             log.warning("refused an unknown key on channel %s: %s", domain, key)
             return False

@@ -49,7 +49,7 @@ class Transport:
             if self._authenticator is None:
                 self._authenticator = ThreadAuthenticator(self._context, log=logging.getLogger("bridge.zap"))
                 self._authenticator.start()
-                self._authenticator.configure_curve_callback("*", credentials_provider=self.keys)
+            self._authenticator.configure_curve_callback(channel, credentials_provider=self.keys)
             socket.zap_domain = channel.encode()
             socket.curve_server = True
             socket.curve_publickey, socket.curve_secretkey = self.keys.curve_pair
