@@ -45,6 +45,7 @@ WINDOW = 8  # blocks under way to one subscriber: 32 MiB
 ANNOUNCEMENT, INCOMING = ".announcement", ".incoming"
 ASK_CURRENT_S = 2.0
 SILENCE_S = 5.0  # without even an answer to `current`: say hello and ask again
+BLOCK_SILENCE_S = 10.0  # without a block: ask again; doubled each time, for links that need longer for one block
 BACK_OFF_S = 2.0  # after a failed disk or a damaged bundle
 
 
@@ -79,7 +80,8 @@ class CheckpointSubscriber:
         self._manifest: bytes | None = None
         self._assembly: Assembly | None = None
         self._contract_seen = False
-        self._heard_s = self._asked_current_s = self._resume_s = 0.0
+        self._heard_s = self._asked_current_s = self._resume_s = self._block_s = 0.0
+        self._block_silence_s = BLOCK_SILENCE_S
         names = ("announcements", "refused", "bytes_fetched", "bytes_reused", "bundles", "damaged", "disk_errors")
         self._counts = dict.fromkeys(names, 0)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -240,8 +242,12 @@ class CheckpointSubscriber:
             self._begin(now_s)
         elif self._assembly.complete:
             self._finish()
-        elif self._end.ready and (wanted := self._assembly.wants(WINDOW)):
-            self._end.send(encode("want", {"hashes": wanted}))
+        elif self._end.ready:
+            if now_s - self._block_s > self._block_silence_s:
+                self._block_s, self._block_silence_s = now_s, 2 * self._block_silence_s
+                self._assembly.ask_again()
+            if wanted := self._assembly.wants(WINDOW):
+                self._end.send(encode("want", {"hashes": wanted}))
 
     def _begin(self, now_s: float) -> None:
         """Use the bundle if it lies here already, else ask for its manifest."""
@@ -261,9 +267,11 @@ class CheckpointSubscriber:
         elif message.kind == "block" and self._target is not None and isinstance(data, memoryview):
             if self._assembly is None and sha == self._target.manifest_sha256:
                 self._take_manifest(bytes(data))
-            elif self._assembly is not None and isinstance(sha, str) and self._assembly.put(sha, data):
-                self._counts["bytes_fetched"] += len(data)
-                self._check_contract()
+            elif self._assembly is not None and isinstance(sha, str):
+                self._block_s, self._block_silence_s = self._heard_s, BLOCK_SILENCE_S
+                if self._assembly.put(sha, data):
+                    self._counts["bytes_fetched"] += len(data)
+                    self._check_contract()
 
     def _take_manifest(self, manifest: bytes) -> None:
         info = info_of(manifest)
@@ -277,7 +285,7 @@ class CheckpointSubscriber:
         for other in incoming.glob("*"):
             if other.name != name:
                 shutil.rmtree(other)
-        self._manifest, self._resume_s = manifest, 0.0
+        self._manifest, self._resume_s, self._block_s = manifest, 0.0, self._heard_s
         self._assembly = Assembly(incoming / name, dict(sorted(files.items(), key=_contract_first)), self._local())
         self._counts["bytes_reused"] += self._assembly.bytes_local
         self._check_contract()

@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 LIMITS = Limits(frames=2, frame_bytes=16 * 1024 * 1024)
 MAX_EPISODE_BYTES = 16 * 1024**3
 WINDOW = 8
-OFFER_AGAIN_S = 2.0  # after this long without a word about the episode
+OFFER_AGAIN_S = 10.0  # after this long without a word about the episode; a slow link may need as long for one block
+BUSY_S = 2.0  # before an episode is offered again to a learner that could not take it
 MANIFEST, REFUSED = "manifest.json", "refused"  # in the spool; no uuid is as short
 UUID = re.compile(r"[0-9a-zA-Z-]{8,64}")
 
@@ -64,7 +65,7 @@ class DemoSender:
         self._error: BaseException | None = None  # why nothing is being sent, if a person has to look
         self._changed = threading.Condition()
         self._offered: tuple[Path, str, BlockSource] | None = None
-        self._heard_s = 0.0
+        self._heard_s, self._welcomes = 0.0, 0
         self._wait_until_s: dict[str, float] = {}  # episodes that the learner cannot take just now
         self._counts = dict.fromkeys(("enqueued", "stored", "refused", "bytes_sent", "offers"), 0)
         self._stop = threading.Event()
@@ -150,6 +151,8 @@ class DemoSender:
             self._take(message)
             message = self._end.receive(0.0)
         now_s = time.monotonic()
+        if self._end.welcomes != self._welcomes:  # a learner that was restarted knows of no offer
+            self._welcomes, self._offered = self._end.welcomes, None
         if not self._end.ready:
             self._offered = None
         elif self._offered is None:
@@ -190,7 +193,7 @@ class DemoSender:
                 self._counts["stored"] += 1
             case "busy":
                 self._offered = None
-                self._wait_until_s[uuid] = self._heard_s + OFFER_AGAIN_S
+                self._wait_until_s[uuid] = self._heard_s + BUSY_S
             case "refused_episode":
                 self._offered = None
                 reason = str(message.body.get("reason"))

@@ -22,11 +22,12 @@ from bridge.codec import DEFAULT_LIMITS, Limits, Message, decode, encode
 from bridge.embodiment import Embodiment, differences
 from bridge.errors import CorruptData, Refused, SchemaMismatch
 from bridge.keys import CALLS, Keys
-from bridge.sockets import Transport, endpoint_of, receive
+from bridge.sockets import Transport, endpoint_of, receive, watch_disconnects
 
 log = logging.getLogger(__name__)
 
 HELLO_AGAIN_S = 0.5
+NOTICE_S = 0.25  # how long a wait goes on before a lost connection is noticed
 MAX_CALLERS = 256
 DRIFT = 1e-4  # two quartz clocks differ by less
 FORGET_S = 300.0  # a caller that was silent this long has to say hello again
@@ -85,6 +86,7 @@ class CallerEnd:
         self._allow = allow_contract_mismatch or []
         self._transport = Transport(keys)
         self._socket = self._transport.connect(zmq.DEALER, endpoint, channel, limits)
+        self._disconnects = watch_disconnects(self._socket)
 
     def receive(self, timeout_s: float = 0.0) -> Message | None:
         """The next message that is not part of the handshake, None when `timeout_s` passed or we were just welcomed.
@@ -104,9 +106,11 @@ class CallerEnd:
             if frames is None:
                 now_s = time.monotonic()
                 if now_s >= until_s:
+                    self._notice_disconnect()
                     return None
-                wait_s = until_s - now_s if self.ready else min(until_s, self._hello_due_s) - now_s
-                self._socket.poll(max(1, int(wait_s * 1e3)))
+                wait_until_s = min(until_s, now_s + NOTICE_S if self.ready else self._hello_due_s)
+                if not self._socket.poll(max(1, int((wait_until_s - now_s) * 1e3))):
+                    self._notice_disconnect()
                 continue
             try:
                 message = decode(frames, self.limits)
@@ -129,7 +133,13 @@ class CallerEnd:
         self.ready = False
 
     def close(self) -> None:
+        self._socket.disable_monitor()
         self._transport.close()
+
+    def _notice_disconnect(self) -> None:
+        """Whoever answers after a lost connection may be another process, so it is greeted anew."""
+        while receive(self._disconnects) is not None:
+            self.ready, self._hello_due_s = False, 0.0
 
     def _send(self, frames: list[Any]) -> bool:
         try:

@@ -122,6 +122,11 @@ def receive(socket: zmq.Socket, limits: Limits = DEFAULT_LIMITS, leading: int = 
     return frames
 
 
+def watch_disconnects(socket: zmq.Socket) -> zmq.Socket:
+    """A socket that has a message to read after each time the connection was lost."""
+    return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+
 def endpoint_of(socket: zmq.Socket) -> str:
     """Where a socket was bound, with the port that was chosen for `:*`."""
     return socket.last_endpoint.decode()
