@@ -14,6 +14,7 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PoseStamped
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -55,9 +56,11 @@ class ArmNode(Node):
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._safety_state = self.create_publisher(DiagnosticStatus, "safety_state", latched)
         self.create_subscription(JointState, "action", self._on_action, QoSProfile(depth=10))
-        self.create_service(Trigger, "acknowledge", self._on_acknowledge)
-        self.create_service(Trigger, "stop", self._on_stop)
-        self.create_service(Trigger, "home", self._on_home)
+        # Services of their own group: one that waits must not keep the timer from running, which ends its waiting.
+        services = ReentrantCallbackGroup()
+        self.create_service(Trigger, "acknowledge", self._on_acknowledge, callback_group=services)
+        self.create_service(Trigger, "stop", self._on_stop, callback_group=services)
+        self.create_service(Trigger, "home", self._on_home, callback_group=services)
 
         self._joints = JointState(name=JOINT_NAMES)
         self._gripper = JointState(name=["sent", "requested"])
