@@ -29,11 +29,15 @@ class ObservationBatch:
 
 @dataclass
 class SftBatch:
-    """Demonstrations. actions: float32 [B, H, 7], contract units; is_pad: bool [B, H], True past the episode's end."""
+    """Demonstrations. actions: float32 [B, H, 7], contract units; is_pad: bool [B, H], True past the episode's end.
+
+    goal_m: float32 [B, 3], TCP position (base) where the gripper next opens or closes; NaN where it never will.
+    """
 
     observation: ObservationBatch
     actions: Tensor
     is_pad: Tensor
+    goal_m: Tensor | None = None
 
 
 @dataclass

@@ -1,0 +1,55 @@
+"""Bundles to policies and back: which class a checkpoint needs, and weights that fit exactly or not at all."""
+
+import importlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bridge.checkpoint import CONTRACT
+from bridge.embodiment import Embodiment
+from learner.policy import Policy
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+# `type` in a bundle's config.json -> module with `from_bundle(folder, embodiment, device) -> Policy`.
+TYPES = {"small": "learner.small_bundle", "pi0": "learner.pi0.bundle", "pi05": "learner.pi0.bundle"}
+
+
+def load_policy(folder: Path, device: str = "cpu") -> Policy:
+    """The policy of a bundle, in evaluation mode. Raises ValueError naming the file and what is wrong with it."""
+    path = Path(folder) / CONFIG
+    try:
+        kind = json.loads(path.read_text())["type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not name a policy type: {error!r}") from error
+    if kind not in TYPES:
+        raise ValueError(f"{path}: policy type {kind!r}, known are {sorted(TYPES)}")
+    embodiment = Embodiment.load(Path(folder) / CONTRACT)
+    return importlib.import_module(TYPES[kind]).from_bundle(Path(folder), embodiment, device)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Every tensor of the file into `module`, strictly. Raises ValueError naming all keys that do not fit."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    require_fit(module, tensors, str(path))
+    module.load_state_dict(tensors)
+
+
+def require_fit(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Raises one ValueError with every missing, unexpected and misshapen key."""
+    wanted = module.state_dict()
+    problems = [f"missing {key}" for key in sorted(wanted.keys() - tensors.keys())]
+    problems += [f"unexpected {key}" for key in sorted(tensors.keys() - wanted.keys())]
+    problems += [
+        f"{key} is {list(tensors[key].shape)}, expected {list(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & tensors.keys())
+        if tensors[key].shape != wanted[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}")

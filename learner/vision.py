@@ -1,0 +1,99 @@
+"""The small policy's eyes: where things are, as numbers.
+
+A four-centimetre cube must be found to about a centimetre from some hundred demonstrations. A pooled feature vector has
+to learn that from examples; a spatial softmax has the answer built in: each channel becomes a heat map, and its
+expected pixel is the feature. Source: Levine et al., End-to-End Training of Deep Visuomotor Policies, 2016.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def area_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> uint8 [N, *size, 3], `size` (height, width); the contract's `area_resize`.
+
+    Data cache, policy server and rollouts all come through here, so a picture means the same in all three.
+    """
+    if pictures.shape[1:3] == size:
+        return pictures
+    out = np.empty((len(pictures), *size, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        cv2.resize(picture, (size[1], size[0]), dst=out[index], interpolation=cv2.INTER_AREA)
+    return out
+
+
+class KeypointEncoder(nn.Module):
+    """One camera: uint8 [B, H, W, 3] -> float32 [B, 4 * keypoints]: x and y in [-1, 1], spread and peak of each map."""
+
+    def __init__(self, channels: int, keypoints: int, size: tuple[int, int]):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(3, channels, 7, stride=4, padding=3),
+                nn.Conv2d(channels, channels, 3, padding=1),
+                nn.Conv2d(channels, channels, 3, padding=2, dilation=2),
+            ]
+        )
+        self.heat = nn.Conv2d(channels, keypoints, 1)
+        self.log_temperature = nn.Parameter(torch.full((keypoints,), math.log(5.0)))
+        height, width = (size[0] + 3) // 4, (size[1] + 3) // 4
+        y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        grid = torch.stack([x, y, x * x + y * y]).reshape(3, -1)
+        self.register_buffer("grid", grid, persistent=False)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def num_features(self) -> int:
+        return 4 * self.heat.out_channels
+
+    def forward(self, pictures: Tensor, jitter: "ColourJitter | None" = None) -> Tensor:
+        # Permuted, not copied: NHWC bytes are already in the order that the convolutions want.
+        if jitter is None:
+            x = pictures.to(torch.float32).mul_(2 / 255).sub_(1).permute(0, 3, 1, 2)
+        else:
+            x = jitter(pictures).permute(0, 3, 1, 2)
+        for conv in self.convs:
+            x = F.relu(conv(x), inplace=True)
+        heat = self.heat(x).flatten(2)  # [B, keypoints, cells]
+        # Standardised, so that even untrained maps have peaks: a flat map says "the middle" for every picture and its
+        # gradient says little more.
+        deviation, mean = torch.std_mean(heat, dim=-1, keepdim=True)
+        heat = (heat - mean) / (deviation + 1e-4)
+        weight = torch.softmax(heat * self.log_temperature.exp()[:, None], dim=-1)
+        x_mean, y_mean, square = (weight @ self.grid.T).unbind(-1)
+        spread = square - x_mean**2 - y_mean**2
+        peak = (weight * heat).sum(-1)
+        return torch.cat([x_mean, y_mean, spread, torch.tanh(peak / 4)], dim=-1)
+
+
+class ColourJitter:
+    """Brightness, contrast and white balance drawn for each picture, and a shift of at most `shift_px` pixels.
+
+    The shift is a camera error, so it stays near the size of a real one: a pixel is most of a centimetre here.
+    """
+
+    def __init__(self, strength: float, shift_px: int, generator: torch.Generator | None):
+        self.strength, self.shift_px, self.generator = strength, shift_px, generator
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float32 around [-1, 1]."""
+        gain = 1 + self.strength * self._uniform(pictures, 1) + 0.4 * self.strength * self._uniform(pictures, 3)
+        offset = self.strength * self._uniform(pictures, 1)
+        shifted = self._shift(self._shift(pictures, 1), 2)
+        return shifted.to(torch.float32).mul_(gain * (2 / 255)).add_(offset - gain)
+
+    def _shift(self, pictures: Tensor, axis: int) -> Tensor:
+        if not self.shift_px:
+            return pictures
+        by = int(torch.randint(2 * self.shift_px + 1, (1,), generator=self.generator)) - self.shift_px
+        source = torch.arange(pictures.shape[axis], device=pictures.device) + by
+        return pictures.index_select(axis, source.clamp(0, pictures.shape[axis] - 1))
+
+    def _uniform(self, pictures: Tensor, channels: int) -> Tensor:
+        draw = torch.rand((len(pictures), 1, 1, channels), generator=self.generator).to(pictures.device)
+        return 2 * draw - 1
