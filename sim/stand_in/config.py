@@ -43,7 +43,7 @@ class Bodies:
     plate_thickness_m: float = 0.006
     friction: float = 0.9  # sliding, cube against table, plate and fingertips
     joint_damping_nms: float = 0.4
-    joint_stiffness_nm: list[float] = field(default_factory=lambda: [9e3, 9e3, 7e3, 7e3, 4e3, 4e3, 4e3])
+    joint_stiffness_nm: list[float] = field(default_factory=lambda: [3e3, 3e3, 3e3, 2.5e3, 2.5e3, 2e3, 2e3])
 
 
 @dataclass

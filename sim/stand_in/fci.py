@@ -33,6 +33,7 @@ from sim.stand_in.scene import T_FLANGE_TCP, T_HAND_EE
 from sim.stand_in.world import World
 
 ANSWER_PATIENCE_S = 0.1  # then the state is sent again: the client ignores it, but sees that the link lives
+MIN_GAP_S = 0.0008  # between states that nobody has to answer
 LOST_AFTER_S = 1.0  # of wall time without a command: the client is frozen
 FORCE_FILTER = 0.05  # share of the newest external torque, each millisecond
 MIN_EXTERNAL_NM = 0.05
@@ -54,7 +55,8 @@ class RobotServer:
         self.user_stopped = False
         self.muted: set[Command] = set()  # requests that get no answer
         self.late_answers = 0
-        self._final: tuple[int, MoveStatus] | None = None  # response that follows the next state
+        self._responses: list[tuple[Command, int, int]] = []  # what follows the next state
+        self._sent_s = 0.0
         self._recovery: int | None = None  # request that is answered once the arm rests
         self._command = np.zeros(1, COMMAND)
         self._command_bytes = memoryview(self._command).cast("B")
@@ -123,18 +125,21 @@ class RobotServer:
     def publish(self, message_id: int) -> None:
         """Send the state of this millisecond, then what must follow it."""
         self._measure()
-        if self.link.udp is not None:
-            self.link.send_state(self.state.pack(message_id))
-        else:
-            self.state.message_id = message_id
         if self._recovery is not None and self.tracker.is_at_rest:
-            request_id, self._recovery = self._recovery, None
-            self.errors = set()
+            self._responses.append((Command.AUTOMATIC_ERROR_RECOVERY, self._recovery, RecoveryStatus.OK))
+            self._recovery, self.errors = None, set()
             self._show_modes()
-            self._respond(Command.AUTOMATIC_ERROR_RECOVERY, request_id, bytes([RecoveryStatus.OK]))
-        if self._final is not None:
-            (request_id, status), self._final = self._final, None
-            self._respond(Command.MOVE, request_id, bytes([status]))
+        self.state.pack(message_id)
+        if self.link.udp is None:
+            return
+        # Faster than the wall clock, a client that does not read now would later find its socket full of old states.
+        now_s = time.monotonic()
+        in_step = self._responses or (self.motion is not None and self.motion.has_command)
+        if in_step or now_s - self._sent_s > MIN_GAP_S:
+            self._sent_s = now_s
+            self.link.send_state(self.state.bytes)
+        while self._responses:
+            self._respond(*self._responses.pop(0))
 
     def repeat_state(self) -> None:
         """The last state again, while the cell stands still: keeps the client's receive timeout from firing."""
@@ -161,7 +166,8 @@ class RobotServer:
         """Cut the client off. Its motion ends; the arm brakes."""
         self.link.drop()
         self._end(self._resting_mode(), MoveStatus.ABORTED)
-        self._final = self._recovery = None
+        self._recovery = None
+        self._responses.clear()
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +272,7 @@ class RobotServer:
         """Finish the motion, if there is one: first the state that shows it, then the Move request's second answer."""
         if self.motion is not None:
             motion, self.motion = self.motion, None
-            self._final = (motion.request_id, status)
+            self._responses.append((Command.MOVE, motion.request_id, status))
             self._waiting_since = None
             self.tracker.end(motion, aborted=status not in (MoveStatus.SUCCESS, MoveStatus.PREEMPTED))
         self._show_modes(mode)
@@ -285,11 +291,11 @@ class RobotServer:
             self.state.set_modes(None, Controller.OTHER, self._resting_mode() if mode is None else mode)
         self.state.set_errors(self.errors, self.last_reflex)
 
-    def _respond(self, command: Command, request_id: int, body: bytes) -> None:
+    def _respond(self, command: Command, request_id: int, status: int) -> None:
         if command in self.muted:
             return
         try:
-            self.link.respond(command, request_id, body)
+            self.link.respond(command, request_id, bytes([status]))
         except ConnectionError:
             self.drop()
 

@@ -284,8 +284,8 @@ def _camera(spec: mujoco.MjSpec, name: str, camera: Camera, error: CameraError) 
         name=name, pos=T[:3, 3], quat=[w, x, y, z], resolution=[camera.width, camera.height],
         sensor_size=[camera.width * 1e-5, camera.height * 1e-5],
         focal_pixel=[camera.fx * error.focal_scale, camera.fy * error.focal_scale],
-        # MuJoCo counts the principal point from the picture's centre, x to the left and y down (tested).
-        principal_pixel=[(camera.width - 1) / 2 - cx, cy - (camera.height - 1) / 2],
+        # MuJoCo counts the principal point from the picture's centre, to the left and up (tested).
+        principal_pixel=[(camera.width - 1) / 2 - cx, (camera.height - 1) / 2 - cy],
     )  # fmt: skip
 
 
