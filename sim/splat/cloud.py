@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bridge.pose import quat_xyzw_from_matrix
 from sim.splat import harmonics
 
 
@@ -143,9 +142,21 @@ def matrix_from_quat_wxyz(quats_wxyz: Tensor) -> Tensor:
 
 
 def quat_wxyz_from_matrix(R: Tensor) -> Tensor:
-    """Rotations [..., 3, 3] -> unit quaternions [..., 4], w >= 0."""
-    quat = torch.from_numpy(quat_xyzw_from_matrix(R.detach().cpu().double().numpy()))
-    return quat.roll(1, dims=-1).to(R)
+    """Rotations [..., 3, 3] -> unit quaternions [..., 4], w >= 0 (Shepperd's method: the best-conditioned of four)."""
+    xx, yy, zz = R.diagonal(dim1=-2, dim2=-1).unbind(-1)
+    wx, wy, wz = R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]
+    xy, xz, yz = R[..., 1, 0] + R[..., 0, 1], R[..., 2, 0] + R[..., 0, 2], R[..., 2, 1] + R[..., 1, 2]
+    rows = [
+        [1 + xx + yy + zz, wx, wy, wz],
+        [wx, 1 + xx - yy - zz, xy, xz],
+        [wy, xy, 1 - xx + yy - zz, yz],
+        [wz, xz, yz, 1 - xx - yy + zz],
+    ]
+    candidates = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    best = candidates.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
+    quats = torch.take_along_dim(candidates, best[..., None, None], dim=-2)[..., 0, :]
+    quats = torch.nn.functional.normalize(quats, dim=-1)
+    return torch.where(quats[..., :1] < 0, -quats, quats)
 
 
 def multiply_wxyz(a: Tensor, b: Tensor) -> Tensor:
