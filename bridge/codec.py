@@ -80,7 +80,7 @@ def encode(kind: str, body: dict[str, Any]) -> list[Any]:
             return msgpack.ExtType(ARRAY_FRAME, msgpack.packb((len(frames) - 1, array.dtype.str, value.shape)))
         if isinstance(value, Blob):
             frames.append(value.data)
-            return msgpack.ExtType(BLOB_FRAME, msgpack.packb(len(frames) - 1))
+            return msgpack.ExtType(BLOB_FRAME, msgpack.packb((len(frames) - 1, len(value.data))))
         if isinstance(value, Picture):
             frames.append(value.data)
             return msgpack.ExtType(PICTURE_FRAME, msgpack.packb((len(frames) - 1, value.coding, value.shape)))
@@ -121,8 +121,11 @@ def decode(
 
     def extension(code: int, data: bytes) -> Any:
         parts = _unpack(data, items=8)
-        if code == BLOB_FRAME:
-            return take(parts).toreadonly()
+        if code == BLOB_FRAME and isinstance(parts, list) and len(parts) == 2:
+            blob = take(parts[0]).toreadonly()
+            if blob.nbytes != parts[1]:
+                raise CorruptData(f"a frame of {blob.nbytes} bytes where {parts[1]} were sent")
+            return blob
         if not isinstance(parts, list) or len(parts) != 3:
             raise CorruptData(f"malformed extension {code}")
         if code == ARRAY_INLINE:

@@ -9,6 +9,7 @@ sender offers again what is in the spool, the receiver asks for the blocks that 
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -169,7 +170,9 @@ class DemoSender:
             manifest = (folder / MANIFEST).read_bytes()
             source = BlockSource()
             source.add(folder, read_files(manifest, MAX_EPISODE_BYTES))
-            if self._end.send(encode("offer", {"uuid": folder.name, "manifest": Blob(manifest)})):
+            digest = hashlib.sha256(manifest).hexdigest()
+            offer = {"uuid": folder.name, "sha256": digest, "manifest": Blob(manifest)}
+            if self._end.send(encode("offer", offer)):
                 self._offered, self._heard_s = (folder, folder.name, source), now_s
                 self._counts["offers"] += 1
             return
@@ -282,17 +285,24 @@ class DemoReceiver:
         try:
             match message.kind:
                 case "offer":
-                    self._take_offer(caller, uuid, field(message.body, "manifest", memoryview))
+                    manifest = bytes(field(message.body, "manifest", memoryview))
+                    if hashlib.sha256(manifest).hexdigest() == message.body.get("sha256"):
+                        self._take_offer(caller, uuid, manifest)
+                    else:  # damaged under way; it will be offered again
+                        self._end.counts["corrupt"] += 1
                 case "block" if uuid in self._under_way:
                     self._take_block(caller, uuid, field(message.body, "sha256", str), message.body)
         except CorruptData as error:
             self._forget(uuid)
-            self._refuse(caller, uuid, error)
+            if message.kind == "offer":
+                self._refuse(caller, uuid, error)
+            else:  # a block that arrived damaged again and again
+                self._busy(caller, uuid, error)
         except OSError as error:  # the disk is full or failing: the episode is safe with its robot
             self._forget(uuid)
             self._busy(caller, uuid, error)
 
-    def _take_offer(self, caller: Caller, uuid: str, manifest: memoryview) -> None:
+    def _take_offer(self, caller: Caller, uuid: str, manifest: bytes) -> None:
         self._counts["offers"] += 1
         if uuid in self._known:
             self._counts["duplicates"] += 1
@@ -301,7 +311,7 @@ class DemoReceiver:
         if uuid in self._storing:
             self._end.send(caller, "want", {"uuid": uuid, "hashes": []})  # patience
             return
-        files = read_files(bytes(manifest), self._max_episode_bytes)
+        files = read_files(manifest, self._max_episode_bytes)
         self._forget(uuid)
         self._under_way[uuid] = caller, Assembly(self._incoming / uuid, files)
         self._go_on(caller, uuid)
@@ -363,7 +373,7 @@ class DemoReceiver:
         log.error("refused episode %s of %s: %s", uuid, caller.name, error)
         self._end.send(caller, "refused_episode", {"uuid": uuid, "reason": f"{type(error).__name__}: {error}"[:1000]})
 
-    def _busy(self, caller: Caller, uuid: str, error: OSError) -> None:
+    def _busy(self, caller: Caller, uuid: str, error: OSError | CorruptData) -> None:
         self._counts["busy"] += 1
         log.error("cannot take episode %s of %s now: %s", uuid, caller.name, error)
         self._end.send(caller, "busy", {"uuid": uuid})

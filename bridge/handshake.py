@@ -26,7 +26,7 @@ from bridge.sockets import Transport, endpoint_of, receive, watch_disconnects
 
 log = logging.getLogger(__name__)
 
-HELLO_AGAIN_S = 0.5
+HELLO_AGAIN_S = 0.25
 NOTICE_S = 0.25  # how long a wait goes on before a lost connection is noticed
 MAX_CALLERS = 256
 DRIFT = 1e-4  # two quartz clocks differ by less

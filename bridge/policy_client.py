@@ -18,6 +18,7 @@ from bridge.handshake import CallerEnd
 from bridge.keys import Keys
 from bridge.messages import ActionChunk, Observation
 
+SILENCE_S = 1.0  # of a server that lets requests time out, before it is greeted anew
 ANSWERED_ERRORS = {error.__name__: error for error in (BridgeTimeout, CorruptData, Refused, SchemaMismatch)}
 
 
@@ -59,7 +60,7 @@ class PolicyClient:
         self._expired: deque[BridgeError] = deque()
         self._newest: tuple[int, ActionChunk] | None = None
         self._next_id = 1
-        self._heard_s = 0.0
+        self._heard_s = self._doubted_s = 0.0
         self._counts = dict.fromkeys(("submitted", "answered", "timeouts", "late", "superseded", "errors"), 0)
         self._round_trips_s: deque[float] = deque(maxlen=1000)
         self._end = CallerEnd(
@@ -164,7 +165,8 @@ class PolicyClient:
             waited_ms = (now_s - pending.asked_s) * 1e3
             where = f"from {self._end.endpoint}" if pending.sent else f": {self._end.endpoint} is not connected"
             self._expired.append(BridgeTimeout(f"request {request}: no chunk after {waited_ms:.0f} ms {where}"))
-            if self._heard_s < pending.asked_s:
+            if now_s - max(self._heard_s, self._doubted_s) > SILENCE_S:
+                self._doubted_s = now_s
                 self._end.doubt()
         self._send_pending()
 
