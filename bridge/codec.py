@@ -130,10 +130,10 @@ def decode(
             raise CorruptData(f"malformed extension {code}")
         if code == ARRAY_INLINE:
             dtype, shape, raw = parts
-            return _array(raw, dtype, shape)
+            return array_from(raw, dtype, shape)
         if code == ARRAY_FRAME:
             index, dtype, shape = parts
-            return _array(take(index), dtype, shape)
+            return array_from(take(index), dtype, shape)
         if code == PICTURE_FRAME and open_picture is not None:
             index, coding, shape = parts
             _check_shape(shape)
@@ -172,7 +172,8 @@ def _check_shape(shape: Any) -> None:
         raise CorruptData(f"array shape {shape!r}")
 
 
-def _array(raw: Any, dtype: Any, shape: Any) -> np.ndarray:
+def array_from(raw: Any, dtype: Any, shape: Any) -> np.ndarray:
+    """A read-only view of `raw`. Raises CorruptData unless dtype and shape are ours and fit the bytes."""
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CorruptData(f"array dtype {dtype!r}; allowed are {sorted(DTYPES)}")
     if not isinstance(raw, bytes | memoryview):
