@@ -1,0 +1,483 @@
+"""The bridge beside a bare ZeroMQ socket and openpi's protocol, all on loopback in one run.
+
+    python -m tests.bench.bench_bridge [--quick] [--only round_trip bundle swap delivery demos] [--out FILE]
+
+Round trip: two 640x480 RGB pictures and a state to a [50, 7] chunk, no-op policy, server in a process of its own.
+Bundle: 1 GB over the whole delivery path (hash, write, fsync, verify) beside a raw ZeroMQ stream of the same blocks.
+Writes docs/results/bridge.json (docs/contract.md, section 9). Meaningful on a quiet machine only.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import zmq
+
+from bridge.checkpoint import bundle_path, verify_bundle, write_bundle
+from bridge.checkpoint_stream import CheckpointPublisher, CheckpointSubscriber
+from bridge.clock import Grid
+from bridge.embodiment import Camera, Embodiment
+from bridge.keys import Keys
+from bridge.messages import Observation
+from bridge.openpi_port import pack, unpack
+from bridge.policy_client import PolicyClient
+from bridge.policy_server import PolicyServer
+from bridge.transfer import BLOCK_BYTES
+
+RESULT = Path(__file__).resolve().parents[2] / "docs/results/bridge.json"
+EMBODIMENT = Embodiment(cameras={"third_person": Camera(), "wrist": Camera()})
+CHUNK = np.zeros((50, 7), np.float32)
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def observation(height: int, width: int) -> Observation:
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 255, (height, width, 3), np.uint8) for name in EMBODIMENT.cameras}
+    return Observation(images, np.zeros(7, np.float32), "put the cube on the plate", time.monotonic_ns())
+
+
+# --- servers, each in a process of its own ---------------------------------------------------------------------------
+
+
+def serve_ours(pipe, keys_folder):
+    keys = Keys(Path(keys_folder)) if keys_folder else None
+    no_op = lambda observations: (np.zeros((len(observations), 50, 7), np.float32), 1)  # noqa: E731
+    server = PolicyServer("tcp://127.0.0.1:*", EMBODIMENT, no_op, max_batch=8, keys=keys)
+    pipe.send(server.endpoint)
+    run_until_told(pipe, server.serve_forever)
+
+
+def serve_bare(pipe, keys_folder):
+    context = zmq.Context()
+    socket = context.socket(zmq.REP)
+    if keys_folder:
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = Keys(Path(keys_folder)).curve_pair
+    socket.bind("tcp://127.0.0.1:*")
+    pipe.send(socket.last_endpoint.decode())
+
+    def serve(stop):
+        while not stop.is_set():
+            if socket.poll(50):
+                socket.recv_multipart(copy=False)
+                socket.send(CHUNK, copy=False)
+
+    run_until_told(pipe, serve)
+    context.destroy(linger=0)
+
+
+def serve_openpi(pipe, keys_folder):
+    """As openpi's server does it: asyncio, inference inside the event loop, msgpack with arrays in one frame."""
+    import websockets.asyncio.server
+
+    async def talk(connection):
+        await connection.send(pack({}))
+        async for data in connection:
+            unpack(data)
+            await connection.send(pack({"actions": CHUNK, "server_timing": {"infer_ms": 0.0}}))
+
+    async def run():
+        async with websockets.asyncio.server.serve(talk, "127.0.0.1", 0, compression=None, max_size=None) as server:
+            pipe.send(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            before_s = cpu_s()
+            while not pipe.poll():
+                await asyncio.sleep(0.05)
+            pipe.recv()
+        pipe.send(cpu_s() - before_s)
+
+    asyncio.run(run())
+
+
+def run_until_told(pipe, serve):
+    stop = threading.Event()
+
+    def wait():
+        pipe.recv()
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    before_s = cpu_s()
+    serve(stop)
+    pipe.send(cpu_s() - before_s)
+
+
+@contextlib.contextmanager
+def server_process(target, keys_folder=None):
+    """Yields the endpoint and a function that stops the server and returns the CPU seconds it took."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=target, args=(theirs, keys_folder), daemon=True)
+    process.start()
+    try:
+        if not ours.poll(60):
+            raise TimeoutError(f"{target.__name__} did not start")
+
+        def stop():
+            ours.send("stop")
+            return ours.recv() if ours.poll(10) else float("nan")
+
+        yield ours.recv(), stop
+    finally:
+        process.kill()
+        process.join()
+
+
+# --- callers: each a function that makes one call --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def call_ours(endpoint, observed, keys):
+    client = PolicyClient(endpoint, EMBODIMENT, keys=keys)
+    client.wait_ready(20)
+    yield lambda: client.infer(observed, 10.0)
+    client.close()
+
+
+@contextlib.contextmanager
+def call_bare(endpoint, observed, keys):
+    context = zmq.Context()
+    socket = context.socket(zmq.REQ)
+    if keys:
+        socket.curve_serverkey = keys.server_key("infer")
+        socket.curve_publickey, socket.curve_secretkey = keys.curve_pair
+    socket.connect(endpoint)
+    frames = [observed.state.tobytes(), *observed.images.values()]
+
+    def call():
+        socket.send_multipart(frames, copy=False)
+        socket.recv_multipart(copy=False)
+
+    yield call
+    context.destroy(linger=0)
+
+
+@contextlib.contextmanager
+def call_openpi(endpoint, observed, keys):
+    import websockets.sync.client
+
+    keyed = {"observation/image": observed.images["third_person"], "observation/wrist_image": observed.images["wrist"]}
+    keyed |= {"observation/state": observed.state, "prompt": observed.instruction}
+    with websockets.sync.client.connect(endpoint, compression=None, max_size=None) as connection:
+        connection.recv()
+
+        def call():
+            connection.send(pack(keyed))
+            unpack(connection.recv())
+
+        yield call
+
+
+def measure(server, caller, calls, size=(480, 640), folders=(None, None)):
+    """p50 and p99 in ms, CPU ms a call over both processes, MB/s."""
+    observed = observation(*size)
+    keys = Keys(Path(folders[1])) if folders[1] else None
+    with server_process(server, folders[0]) as (endpoint, stop), caller(endpoint, observed, keys) as call:
+        for _ in range(max(10, calls // 10)):
+            call()
+        cpu_before_s, started_s, times_s = cpu_s(), time.monotonic(), []
+        for _ in range(calls):
+            before_s = time.perf_counter()
+            call()
+            times_s.append(time.perf_counter() - before_s)
+        elapsed_s, client_cpu_s = time.monotonic() - started_s, cpu_s() - cpu_before_s
+        server_cpu_s = stop()
+    megabytes = sum(image.nbytes for image in observed.images.values()) / 1e6
+    return {
+        "p50_ms": float(np.percentile(times_s, 50)) * 1e3,
+        "p99_ms": float(np.percentile(times_s, 99)) * 1e3,
+        "calls_per_s": calls / elapsed_s,
+        "mb_per_s": megabytes * calls / elapsed_s,
+        "client_cpu_ms": client_cpu_s / calls * 1e3,
+        "server_cpu_ms": server_cpu_s / calls * 1e3,
+    }
+
+
+def bench_round_trip(quick: bool) -> dict:
+    calls = 200 if quick else 1000
+    with tempfile.TemporaryDirectory() as folder:
+        server = Keys.new(Path(folder, "server"), "server", "server")
+        robot = Keys.new(Path(folder, "robot"), "robot", "robot")
+        server.allow(robot.me)
+        robot.allow(server.me)
+        curve = (f"{folder}/server", f"{folder}/robot")
+        rows = {
+            "bare ZeroMQ REQ/REP": measure(serve_bare, call_bare, calls),
+            "ours": measure(serve_ours, call_ours, calls),
+            "openpi protocol": measure(serve_openpi, call_openpi, calls),
+            "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, folders=curve),
+            "ours + CURVE": measure(serve_ours, call_ours, calls, folders=curve),
+            "ours + CURVE, 224x224": measure(serve_ours, call_ours, calls, (224, 224), curve),
+            "ours, 224x224": measure(serve_ours, call_ours, calls, (224, 224)),
+            "openpi protocol, 224x224": measure(serve_openpi, call_openpi, calls, (224, 224)),
+        }
+    figures = {}
+    for quantile in ("p50_ms", "p99_ms"):
+        ours = rows["ours"][quantile]
+        pairs = {
+            f"round_trip_{quantile}": (ours, rows["openpi protocol"][quantile], "openpi protocol (WebSocket)"),
+            f"round_trip_{quantile}_beside_bare": (ours, rows["bare ZeroMQ REQ/REP"][quantile], "bare ZeroMQ REQ/REP"),
+            f"round_trip_curve_{quantile}": (
+                rows["ours + CURVE"][quantile],
+                rows["openpi protocol"][quantile],
+                "openpi protocol, clear text",
+            ),
+            f"round_trip_curve_224_{quantile}": (
+                rows["ours + CURVE, 224x224"][quantile],
+                rows["openpi protocol"][quantile],
+                "openpi protocol, clear text, 640x480",
+            ),
+        }
+        for name, (value, peer, peer_name) in pairs.items():
+            figures[name] = figure(value, peer, peer / value, "ms", peer_name, calls)
+    return {"figures": figures, "tables": {"round_trip": rows}}
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def synthetic_weights(folder: Path, version: int, total_bytes: int, expert_share: float = 0.09) -> dict[str, Path]:
+    """A safetensors file laid out like a vision-language model with an action expert that alone changes."""
+    num_blocks = max(2, total_bytes // BLOCK_BYTES)
+    num_expert = max(1, int(num_blocks * expert_share))
+    names = [f"vlm.{k}" for k in range(num_blocks - num_expert)] + [f"expert.{k}" for k in range(num_expert)]
+    header, offset = {}, 0
+    for name in names:
+        header[name] = {"dtype": "U8", "shape": [BLOCK_BYTES], "data_offsets": [offset, offset + BLOCK_BYTES]}
+        offset += BLOCK_BYTES
+    text = json.dumps(header).encode()
+    path = folder / f"weights-{version}.safetensors"
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for k, name in enumerate(names):
+            seed = k if name.startswith("vlm") else 1_000_000 * version + k
+            file.write(np.random.default_rng(seed).bytes(BLOCK_BYTES))
+    return {"model.safetensors": path}
+
+
+def raw_stream_mb_per_s(total_bytes: int) -> float:
+    """The same blocks from memory to memory over one PUSH/PULL pair; nothing is hashed and nothing written."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=push_blocks, args=(theirs, total_bytes), daemon=True)
+    process.start()
+    context = zmq.Context()
+    socket = context.socket(zmq.PULL)
+    socket.rcvhwm = 8
+    socket.connect(ours.recv())
+    received = len(socket.recv(copy=False))
+    started_s = time.monotonic()
+    while received < total_bytes:
+        received += len(socket.recv(copy=False))
+    elapsed_s = time.monotonic() - started_s
+    context.destroy(linger=0)
+    process.kill()
+    process.join()
+    return (total_bytes - BLOCK_BYTES) / elapsed_s / 1e6
+
+
+def push_blocks(pipe, total_bytes):
+    socket = zmq.Context().socket(zmq.PUSH)
+    socket.sndhwm = 8
+    socket.bind("tcp://127.0.0.1:*")
+    pipe.send(socket.last_endpoint.decode())
+    block = os.urandom(BLOCK_BYTES)
+    for _ in range(total_bytes // BLOCK_BYTES + 1):
+        socket.send(block, copy=False)
+    time.sleep(60)
+
+
+def publish(pipe, root):
+    publisher = CheckpointPublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", Path(root))
+    pipe.send((publisher.announce_endpoint, publisher.fetch_endpoint))
+    while (version := pipe.recv()) is not None:
+        publisher.announce(version)
+        publisher.wait_confirmed(version, timeout_s=300)
+        pipe.send(publisher.stats()["bytes_sent"])
+    publisher.close()
+
+
+@contextlib.contextmanager
+def publisher_process(root: Path):
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=publish, args=(theirs, str(root)), daemon=True)
+    process.start()
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def bench_bundle(quick: bool) -> dict:
+    total_bytes = (256 if quick else 1024) * 1024**2
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for version in (1, 2):
+            files = synthetic_weights(folder, version, total_bytes)
+            write_bundle(bundle_path(folder / "from", version), files, EMBODIMENT, version, version - 1, 0, {})
+            files["model.safetensors"].unlink()
+        raw = raw_stream_mb_per_s(total_bytes)
+        with publisher_process(folder / "from") as pipe:
+            announce, fetch = pipe.recv()
+            subscriber = CheckpointSubscriber(announce, fetch, folder / "to", EMBODIMENT)
+            seconds, sent = [], []
+            for version in (1, 2):
+                while not subscriber.stats()["connected"]:
+                    time.sleep(0.01)
+                started_s = time.monotonic()
+                pipe.send(version)
+                while (path := subscriber.poll()) is None:
+                    time.sleep(0.002)
+                seconds.append(time.monotonic() - started_s)
+                verify_bundle(path)
+                subscriber.confirm(version)
+                sent.append(pipe.recv() - sum(sent))
+            subscriber.close()
+    rate = sent[0] / seconds[0] / 1e6
+    share = sent[1] / sent[0]
+    figures = {
+        "bundle_mb_per_s": figure(rate, raw, rate / raw, "MB/s", "raw ZeroMQ stream, memory to memory", 1),
+        "expert_update_bytes_share": figure(share, 1.0, 1.0 / share, "share of a full bundle", "whole checkpoint", 1),
+    }
+    return {"figures": figures, "tables": {"bundle": {"bytes": total_bytes, "seconds": seconds}}}
+
+
+# --- swapping while a loop runs --------------------------------------------------------------------------------------
+
+
+def bench_swap(quick: bool) -> dict:
+    """A 20 Hz loop asks for chunks while ten versions are fetched and verified in its process's background thread."""
+    ticks, versions, size = (100, 5, 2**24) if quick else (400, 10, 2**26)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for version in range(1, versions + 1):
+            files = synthetic_weights(folder, version, size)
+            write_bundle(bundle_path(folder / "from", version), files, EMBODIMENT, version, version - 1, 0, {})
+        quiet = paced_loop(ticks, None, None)
+        with publisher_process(folder / "from") as pipe:
+            announce, fetch = pipe.recv()
+            subscriber = CheckpointSubscriber(announce, fetch, folder / "to", EMBODIMENT)
+            swapping = paced_loop(ticks, subscriber, pipe, versions)
+            subscriber.close()
+    extra_ms = (max(swapping) - max(quiet)) * 1e3
+    table = {name: {"p99_ms": float(np.percentile(v, 99)) * 1e3, "max_ms": max(v) * 1e3} for name, v in
+             {"without swaps": quiet, "with swaps": swapping}.items()}  # fmt: skip
+    figures = {"swap_extra_jitter_ms": figure(extra_ms, None, None, "ms", None, versions)}
+    return {"figures": figures, "tables": {"swap": table}}
+
+
+def paced_loop(ticks, subscriber, pipe, versions=0) -> list[float]:
+    """How late each tick was, in s."""
+    observed, announced = observation(480, 640), 0
+    with server_process(serve_ours) as (endpoint, _), call_ours(endpoint, observed, None) as call:
+        grid = Grid(0.05)
+        for tick in range(ticks):
+            grid.wait()
+            call()
+            if subscriber is not None:
+                if announced < versions and tick >= announced * ticks // versions:
+                    announced += 1
+                    pipe.send(announced)
+                if (path := subscriber.poll()) is not None:
+                    subscriber.confirm(int(path.name))
+    return list(grid.late_s)[5:]
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+def bench_delivery(quick: bool) -> dict:
+    from tests.bridge.test_delivery_kills import deliver_with_kills
+
+    with tempfile.TemporaryDirectory() as folder:
+        kills, size, longest_s = (4, 300_000, 1.0) if quick else (20, 2_000_000, 2.0)
+        survived = deliver_with_kills(Path(folder), kills, seed=7, size=size, longest_s=longest_s)["kills"]
+    return {"figures": {"delivery_kills_survived": figure(survived, None, None, "kills", None, kills)}, "tables": {}}
+
+
+def bench_demos(quick: bool) -> dict:
+    from tests.bridge.test_demo_stream import kill_both_at_random, require_every_episode_once
+
+    episodes, kills, longest_s = (10, 3, 2.0) if quick else (200, 20, 6.0)
+    with tempfile.TemporaryDirectory() as folder:
+        held = kill_both_at_random(Path(folder), episodes, kills, seed=8, longest_s=longest_s)
+        require_every_episode_once(Path(folder), held)
+    figures = {"demo_kills_lost_episodes": figure(episodes - len(held), None, None, "episodes", None, episodes)}
+    return {"figures": figures, "tables": {"demos": {"episodes": episodes, "kills_each_side": kills}}}
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "round_trip": bench_round_trip,
+    "bundle": bench_bundle,
+    "swap": bench_swap,
+    "delivery": bench_delivery,
+    "demos": bench_demos,
+}
+
+
+def figure(ours, peer, ratio, unit, peer_name, n) -> dict:
+    return {"ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "peer_name": peer_name, "n": n}
+
+
+def cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def machine() -> dict:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(memory),
+        "load_average": os.getloadavg()[0],
+        "pyzmq": zmq.__version__,
+        "libzmq": zmq.zmq_version(),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it works")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args(argv)
+    before = json.loads(options.out.read_text()) if options.out.exists() else {"figures": {}, "tables": {}}
+    about = machine()
+    figures, tables = before["figures"], before["tables"]
+    for part in options.only:
+        result = PARTS[part](options.quick)
+        figures |= result["figures"]
+        tables |= result["tables"]
+        print(json.dumps(result, indent=1), flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    document = {
+        "name": "bridge",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.strip(),
+        "command": f"python -m tests.bench.bench_bridge {' '.join(argv)}".strip(),
+        "machine": about,
+        "figures": figures,
+        "tables": tables,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
