@@ -1,0 +1,150 @@
+"""The twin's arm: ManiSkill's Panda with a controller that takes the contract's action.
+
+The Panda of ManiSkill and the FR3 share one kinematic chain up to joint limits, so a TCP target means the same in both.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import pinocchio as pin
+import sapien
+import torch
+from gymnasium import spaces
+from mani_skill import PACKAGE_ASSET_DIR
+from mani_skill.agents.controllers import PDJointPosControllerConfig, PDJointPosMimicControllerConfig
+from mani_skill.agents.controllers.pd_joint_pos import PDJointPosController
+from mani_skill.agents.registration import register_agent
+from mani_skill.agents.robots.panda.panda import Panda
+
+from bridge import pose
+
+URDF = f"{PACKAGE_ASSET_DIR}/robots/panda/panda_v2.urdf"
+CONTROL_MODE = "pd_ee_target_delta_pose"
+DAMPING = 1e-8  # squared, of the Newton steps: keeps them finite at singular poses
+IK_STEPS = 20
+IK_TOLERANCE = 1e-6  # m and rad
+
+
+class ArmKinematics:
+    """Forward and inverse kinematics of the TCP in the robot's base frame. `q` float64 [7] rad."""
+
+    def __init__(self):
+        full = pin.buildModelFromUrdf(URDF)
+        fingers = [full.getJointId(name) for name in Panda.gripper_joint_names]
+        self._model = pin.buildReducedModel(full, fingers, pin.neutral(full))
+        self._data = self._model.createData()
+        self._tcp = self._model.getFrameId(Panda.ee_link_name)
+
+    def forward(self, q: np.ndarray) -> np.ndarray:
+        """`T_base_tcp` [4, 4]."""
+        pin.framesForwardKinematics(self._model, self._data, np.asarray(q, dtype=np.float64))
+        return self._data.oMf[self._tcp].homogeneous
+
+    def solve(self, T_base_tcp: np.ndarray, q_near: np.ndarray) -> np.ndarray:
+        """Joint angles near `q_near`, within limits, that reach the pose as closely as they can (damped Newton)."""
+        goal, q = pin.SE3(T_base_tcp), np.array(q_near, dtype=np.float64)
+        for _ in range(IK_STEPS):
+            pin.framesForwardKinematics(self._model, self._data, q)
+            error = pin.log6(self._data.oMf[self._tcp].actInv(goal)).vector
+            if np.abs(error).max() < IK_TOLERANCE:
+                break
+            J = pin.computeFrameJacobian(self._model, self._data, q, self._tcp, pin.ReferenceFrame.LOCAL)
+            q += J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)
+            q = np.clip(q, self._model.lowerPositionLimit, self._model.upperPositionLimit)
+        return q
+
+
+class TargetDeltaPoseController(PDJointPosController):
+    """Six numbers of the contract's action, counted from the last commanded target (`bridge.pose.integrate`).
+
+    One scene at a time (CPU physics). `T_base_target` [4, 4] is the commanded TCP pose.
+    """
+
+    config: "TargetDeltaPoseControllerConfig"
+
+    def _initialize_joints(self):
+        super()._initialize_joints()
+        self.kinematics = ArmKinematics()
+        self.T_base_target = np.eye(4)
+        self._q_target = np.zeros(7)
+
+    def _initialize_action_space(self):
+        limit = np.repeat([self.config.max_translation_m, self.config.max_rotation_rad], 3).astype(np.float32)
+        self.single_action_space = spaces.Box(-limit, limit, dtype=np.float32)
+
+    def reset(self):
+        super().reset()
+        self._q_target = self.qpos[0].cpu().numpy().astype(np.float64)
+        self.T_base_target = self.kinematics.forward(self._q_target)
+
+    def set_action(self, action: torch.Tensor):
+        self.move_target(action[0].cpu().numpy())
+
+    def move_target(self, action: np.ndarray) -> np.ndarray:
+        """Integrate one action [6], clipped to the step limits, and drive the joints there. Returns joint targets [7]."""
+        space = self.single_action_space
+        step = np.append(np.clip(action, space.low, space.high), 0.0)
+        self.T_base_target = pose.integrate(self.T_base_target, step)
+        self._q_target = self.kinematics.solve(self.T_base_target, self._q_target)
+        for joint, angle in zip(self.joints, self._q_target, strict=True):
+            joint._objs[0].set_drive_target(float(angle))
+        return self._q_target
+
+    def get_state(self) -> dict:
+        return {}
+
+
+@dataclass
+class TargetDeltaPoseControllerConfig(PDJointPosControllerConfig):
+    max_translation_m: float = 0.1
+    max_rotation_rad: float = 0.1
+    controller_cls = TargetDeltaPoseController
+
+
+@register_agent()
+class TwinPanda(Panda):
+    """Panda on the twin's table. Joint gains are what `cotwin twin` may fit; these follow the stand-in cell's lag."""
+
+    uid = "twin_panda"
+    urdf_path = URDF
+
+    @property
+    def _controller_configs(self):
+        gains = {"stiffness": self.arm_stiffness, "damping": self.arm_damping, "force_limit": self.arm_force_limit}
+        arm = TargetDeltaPoseControllerConfig(self.arm_joint_names, lower=None, upper=None, **gains)
+        arm.normalize_action = False
+        gripper = PDJointPosMimicControllerConfig(
+            self.gripper_joint_names,
+            lower=0.0,
+            upper=0.04,
+            stiffness=self.gripper_stiffness,
+            damping=self.gripper_damping,
+            force_limit=self.gripper_force_limit,
+            mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
+        )
+        return deepcopy({CONTROL_MODE: {"arm": arm, "gripper": gripper}})
+
+
+def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -> None:
+    """Draw the arm as its convex hulls: a hundredth of the triangles, which is what a CPU renderer pays for."""
+    for link in robot._objs[0].links:
+        body = link.entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        if body is not None:
+            link.entity.remove_component(body)
+        body = sapien.render.RenderBodyComponent()
+        for shape in link.collision_shapes:
+            material = sapien.render.RenderMaterial()
+            is_finger = not isinstance(shape, sapien.physx.PhysxCollisionShapeConvexMesh)
+            material.base_color = [0.15, 0.15, 0.15, 1.0] if is_finger else [*colour, 1.0]
+            if is_finger:
+                visual = sapien.render.RenderShapeBox(shape.half_size, material)
+            else:
+                vertices = np.asarray(shape.vertices) * np.asarray(shape.scale)
+                triangles = np.asarray(shape.triangles)
+                visual = sapien.render.RenderShapeTriangleMesh(
+                    vertices, triangles, np.zeros((0, 3)), np.zeros((0, 2)), material
+                )
+            visual.local_pose = shape.local_pose
+            body.attach(visual)
+        link.entity.add_component(body)
