@@ -82,7 +82,7 @@ class TargetDeltaPoseController(PDJointPosController):
         self.move_target(action[0].cpu().numpy())
 
     def move_target(self, action: np.ndarray) -> np.ndarray:
-        """Integrate one action [6], clipped to the step limits, and drive the joints there. Returns joint targets [7]."""
+        """Integrate one action [6], clipped to the step limits, and drive the joints there. Returns angles [7]."""
         space = self.single_action_space
         step = np.append(np.clip(action, space.low, space.high), 0.0)
         self.T_base_target = pose.integrate(self.T_base_target, step)

@@ -2,9 +2,9 @@
 
 **Task description.** Pick up the cube and put it on the plate.
 
-**Randomizations.** Cube and plate uniform in their rectangles (`TwinConfig`), never closer than they can lie; the arm's
-joints with normal noise around home; light, colours and camera pose as `Randomization` says. All of it is drawn from the
-episode's seed alone.
+**Randomizations.** Cube and plate uniform in their rectangles (`TwinConfig`), never closer than they can lie; the
+arm's joints with normal noise around home; light, colours and camera pose as `Randomization` says. All of it is drawn
+from the episode's seed alone.
 
 **Success conditions.** `stable`: the cube's centre lies within `success_radius_m` of the plate's, rests on it, moves
 slower than 2 cm/s, and no finger touches it. `legacy` is the peer's predicate: horizontal distance below 7 cm and the
@@ -75,7 +75,9 @@ class PutCubeOnPlateEnv(BaseEnv):
     def _camera(self, name: str, camera: Camera) -> CameraConfig:
         """The contract's camera at the twin's picture size, in SAPIEN's axes. Pixel centres keep their rays."""
         sx, sy = self.twin.picture_width / camera.width, self.twin.picture_height / camera.height
-        K = np.array([[camera.fx * sx, 0, (camera.cx + 0.5) * sx], [0, camera.fy * sy, (camera.cy + 0.5) * sy], [0, 0, 1]])
+        K = np.array(
+            [[camera.fx * sx, 0, (camera.cx + 0.5) * sx], [0, camera.fy * sy, (camera.cy + 0.5) * sy], [0, 0, 1]]
+        )
         mount = self.agent.robot.links_map[TwinPanda.ee_link_name] if camera.mount == "tcp" else None
         return CameraConfig(
             uid=name,
@@ -96,7 +98,8 @@ class PutCubeOnPlateEnv(BaseEnv):
 
     def _load_scene(self, options: dict):
         twin = self.twin
-        use_collision_shapes_as_visuals(self.agent.robot, tuple(twin.arm_colour))
+        if self.scene.can_render():
+            use_collision_shapes_as_visuals(self.agent.robot, tuple(twin.arm_colour))
         surface = sapien.physx.PhysxMaterial(twin.friction, twin.friction, 0.0)
         table = self.scene.create_actor_builder()
         below = sapien.Pose([0.45, 0.0, -TABLE_HALF_M[2]])
@@ -118,6 +121,8 @@ class PutCubeOnPlateEnv(BaseEnv):
         self.plate = plate.build_kinematic("plate")
 
     def _load_lighting(self, options: dict):
+        if not self.scene.can_render():
+            return
         scene = self.scene.sub_scenes[0]
         scene.set_ambient_light([0.35] * 3)
         self._sun = scene.add_directional_light([0.4, 0.3, -1.0], [1.6] * 3, shadow=False)
@@ -134,7 +139,10 @@ class PutCubeOnPlateEnv(BaseEnv):
         finger = self.embodiment.gripper_open_m / 2
         self._forget_contacts()
         self.agent.reset(np.array([*q, finger, finger], dtype=np.float32))
-        for body, pos in ((self.cube, [*cube_xy, twin.cube_half_size_m]), (self.plate, [*plate_xy, twin.plate_height_m / 2])):
+        for body, pos in (
+            (self.cube, [*cube_xy, twin.cube_half_size_m]),
+            (self.plate, [*plate_xy, twin.plate_height_m / 2]),
+        ):
             body.set_pose(Pose.create_from_pq(torch.tensor([pos], dtype=torch.float32)))
         self.cube.set_linear_velocity(torch.zeros(1, 3))
         self.cube.set_angular_velocity(torch.zeros(1, 3))
@@ -152,7 +160,7 @@ class PutCubeOnPlateEnv(BaseEnv):
     def compute_normalized_dense_reward(self, obs: Any, action: torch.Tensor, info: dict) -> torch.Tensor:
         return self.compute_dense_reward(obs, action, info)
 
-    # --- the direct path: one scene, numpy, pictures only when somebody looks ------------------------------------------
+    # --- the direct path: one scene, numpy, pictures only when somebody looks -----------------------------------------
 
     def policy_step(self, action: np.ndarray) -> Facts:
         """One period of the contract's 7-D action, without observation, reward or picture."""
@@ -177,7 +185,9 @@ class PutCubeOnPlateEnv(BaseEnv):
             gripper_opening_m=float(q[7] + q[8]),
             cube_pos_m=np.array(cube, dtype=np.float64),
             plate_pos_m=np.array(plate, dtype=np.float64),
-            success=self.legacy_success(cube, plate) if self.twin.success == "legacy" else self.stable_success(cube, plate),
+            success=self.legacy_success(cube, plate)
+            if self.twin.success == "legacy"
+            else self.stable_success(cube, plate),
             stages=dict(self._stages),
         )
 
@@ -237,17 +247,19 @@ class PutCubeOnPlateEnv(BaseEnv):
     def _fingers_touch_cube(self) -> bool:
         fingers = set(self._fingers)
         for contact in self.scene.px.get_contacts():
-            bodies = contact.bodies
-            if self._cube_body in bodies and (bodies[0] in fingers or bodies[1] in fingers):
-                if any(np.linalg.norm(point.impulse) > 0 for point in contact.points):
-                    return True
+            first, second = contact.bodies
+            involved = (first == self._cube_body and second in fingers) or (
+                second == self._cube_body and first in fingers
+            )
+            if involved and any(np.linalg.norm(point.impulse) > 0 for point in contact.points):
+                return True
         return False
 
     def _note_stages(self, T_base_tcp: np.ndarray, cube: np.ndarray, plate: np.ndarray) -> None:
         s, touching = self._stages, self._fingers_touch_cube()
         lifted = cube[2] > 2 * self.twin.cube_half_size_m
         s["reached"] |= bool(np.linalg.norm(T_base_tcp[:3, 3] - cube) < 0.03)
-        s["grasped"] |= touching and lifted or (touching and s["reached"])
+        s["grasped"] |= (touching and lifted) or (touching and s["reached"])
         s["lifted"] |= bool(touching and lifted)
         s["over_plate"] |= bool(s["lifted"] and np.hypot(*(cube[:2] - plate[:2])) < self.twin.success_radius_m)
 
@@ -267,6 +279,9 @@ class PutCubeOnPlateEnv(BaseEnv):
         self._robot.qf = np.zeros(9, dtype=np.float32)
 
     def _randomize(self, rng: np.random.Generator) -> None:
+        """The last draws of an episode, so that worlds with and without pictures have the same states."""
+        if not self.scene.can_render():
+            return
         r = self.twin.randomization
         brightness = 1.0 + rng.uniform(-r.light, r.light)
         self._sun.color = [1.6 * brightness] * 3
