@@ -58,7 +58,7 @@ def read(path: Path, segment: str = "world") -> GaussianCloud:
         raise ValueError(f"{path} holds rotations that are all zero")
     columns = torch.from_numpy(table)
     dc, rest = columns[:, 3:6], columns[:, 6 : 6 + num_rest]
-    sh = torch.cat([dc[:, None], rest.reshape(-1, 3, num_rest // 3).transpose(1, 2)], dim=1).contiguous()
+    sh = torch.cat([dc[:, None], rest.reshape(len(table), 3, num_rest // 3).transpose(1, 2)], dim=1).contiguous()
     opacity, log_scales, quats = columns[:, 6 + num_rest :].split([1, 3, 4], dim=1)
     ids = torch.zeros(len(columns), dtype=torch.int64)
     parts = columns[:, :3], quats, log_scales, opacity[:, 0]
