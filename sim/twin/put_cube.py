@@ -41,8 +41,8 @@ class Facts:
     T_base_tcp: np.ndarray
     T_base_target: np.ndarray
     gripper_opening_m: float
-    cube_pos_m: np.ndarray
-    plate_pos_m: np.ndarray
+    cube_pos_m: np.ndarray  # centre
+    plate_pos_m: np.ndarray  # centre of the upper side
     success: bool
     stages: dict[str, bool]  # reached, grasped, lifted, over_plate
 
@@ -184,7 +184,7 @@ class PutCubeOnPlateEnv(BaseEnv):
             T_base_target=self._controllers[0].T_base_target.copy(),
             gripper_opening_m=float(q[7] + q[8]),
             cube_pos_m=np.array(cube, dtype=np.float64),
-            plate_pos_m=np.array(plate, dtype=np.float64),
+            plate_pos_m=plate + np.array([0.0, 0.0, self.twin.plate_height_m / 2]),
             success=self.legacy_success(cube, plate)
             if self.twin.success == "legacy"
             else self.stable_success(cube, plate),
@@ -247,11 +247,8 @@ class PutCubeOnPlateEnv(BaseEnv):
     def _fingers_touch_cube(self) -> bool:
         fingers = set(self._fingers)
         for contact in self.scene.px.get_contacts():
-            first, second = contact.bodies
-            involved = (first == self._cube_body and second in fingers) or (
-                second == self._cube_body and first in fingers
-            )
-            if involved and any(np.linalg.norm(point.impulse) > 0 for point in contact.points):
+            others = set(contact.bodies) - {self._cube_body}
+            if len(others) == 1 and others <= fingers and any(np.any(point.impulse) for point in contact.points):
                 return True
         return False
 

@@ -44,11 +44,11 @@ class TwinObservation:
 class ChunkResult:
     """What n environments did with one chunk of C actions each.
 
-    reward float32 [n, C], terminated, truncated, valid bool [n, C]: an episode that ends inside the chunk leaves the rest
-    of its actions unexecuted (`valid` False, no reward). success bool [n] and episode_len int [n] are of the episode that
-    the chunk belonged to, up to its last step. observation: after the chunk, of the next episode where one ended.
-    final_observation: the last of the episode that the chunk belonged to (the same as `observation` where none ended).
-    seeds int [n]: of the episode that the chunk belonged to. lost bool [n]: its worker died, nothing here is to be used.
+    reward float32 [n, C], terminated, truncated, valid bool [n, C]: an episode that ends inside the chunk leaves the
+    rest of its actions unexecuted (`valid` False, no reward). success bool [n], episode_len int [n] and seeds int [n]
+    are of the episode that the chunk belonged to, up to its last step. observation: after the chunk, of the next
+    episode where one ended. final_observation: the last of the episode that the chunk belonged to (the same as
+    `observation` where none ended). lost bool [n]: its worker died, nothing here is to be used.
     """
 
     observation: TwinObservation

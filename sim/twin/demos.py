@@ -1,0 +1,177 @@
+"""Scripted demonstrations in the twin, written as a LeRobot data set with the same schema and contract as the robot's.
+
+One row a policy step, both cameras. Only successes are kept. An interrupted run goes on with the next seed.
+"""
+
+import json
+import multiprocessing as mp
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from bridge.config import command_line, save
+from bridge.dataset import DatasetStore, EpisodeWriter, video_path
+from bridge.embodiment import Embodiment
+from bridge.run_files import append_line, read_lines, write_stage
+from bridge.statistics import wilson_interval
+from sim.expert import PickPlaceExpert
+from sim.twin.config import TwinConfig
+from sim.twin.vector_env import Twin
+
+REPO_ID = "cotwin/twin_put_cube_on_plate"
+SEED_BASE = 100_000  # training scenes; evaluations count from other bases
+
+
+@dataclass
+class TwinDemosConfig:
+    """Keys of `cotwin twin-demos`."""
+
+    name: str = "demo"  # the run: a folder below `runs_dir`
+    runs_dir: str = "runs"
+    episodes: int = 120  # kept ones, earlier sessions of this run included
+    seed: int = 0
+    workers: int = 2  # processes
+    start_range_m: float = 0.06  # the first target is moved by up to this much on each axis, so that starts differ
+    embodiment: Embodiment = field(default_factory=Embodiment)
+    twin: TwinConfig = field(default_factory=TwinConfig)
+
+    def __post_init__(self):
+        for key, least in (("episodes", 1), ("workers", 1), ("start_range_m", 0.0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} {getattr(self, key)}: allowed are {least} and more")
+
+    @property
+    def run(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one seed came to; `folder` holds the finished episode of a success."""
+
+    seed: int
+    success: bool
+    steps: int
+    folder: str
+
+
+def main(argv: list[str]) -> None:
+    config = command_line("twin-demos", TwinDemosConfig, argv, __doc__)
+    save(config, config.run / "config" / "twin-demos.yaml")
+    started_s = time.monotonic()
+    root = config.run / "data" / "twin"
+    size = (config.twin.picture_height, config.twin.picture_width)
+    store = DatasetStore.open_or_create(root, REPO_ID, config.embodiment, int(config.embodiment.policy_rate_hz), size)
+    attempts_file = config.run / "twin_demos" / "attempts.jsonl"
+    fresh_steps = record(config, store, attempts_file)
+    wall_s = time.monotonic() - started_s
+    attempts = read_lines(attempts_file)
+    successes = sum(attempt["success"] for attempt in attempts)
+    low, high = wilson_interval(successes, len(attempts))
+    figures = {
+        "episodes": store.num_episodes,
+        "attempts": len(attempts),
+        "expert_success_rate": round(successes / len(attempts), 4),
+        "expert_wilson_low": round(low, 4),
+        "expert_wilson_high": round(high, 4),
+        "rows": sum(attempt["steps"] for attempt in attempts if attempt["success"]),
+        "steps_per_s": round(fresh_steps / wall_s, 1),
+    }
+    video = config.run / "videos" / "twin_demonstration.mp4"
+    video.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(video_path(root, "third_person", 0), video)
+    write_stage(config.run, "twin_demos", wall_s, figures, {"demonstration": video})
+    print(json.dumps(figures, indent=2))
+
+
+def record(config: TwinDemosConfig, store: DatasetStore, attempts_file: Path) -> int:
+    """Fill the store up to `config.episodes`; returns the policy steps done now."""
+    attempts, steps = read_lines(attempts_file), 0
+    if store.num_episodes >= config.episodes:
+        return steps
+    spool = config.run / "twin_demos" / "spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    spool.mkdir(parents=True)
+    first = SEED_BASE + 1000 * config.seed + len(attempts)
+    with tqdm(total=config.episodes, initial=store.num_episodes, unit="episode", desc="twin demonstrations") as bar:
+        for attempt in _attempts(config, spool, first):
+            if attempt.success:
+                store.append(Path(attempt.folder))
+                shutil.rmtree(attempt.folder)
+                bar.update()
+            append_line(attempts_file, {"seed": attempt.seed, "success": attempt.success, "steps": attempt.steps})
+            steps += attempt.steps
+            if store.num_episodes >= config.episodes:
+                return steps
+    raise AssertionError("seeds do not end")
+
+
+def _attempts(config: TwinDemosConfig, spool: Path, first_seed: int) -> Iterator[Attempt]:
+    """Attempts in the order of their seeds, whatever process made them."""
+    context = mp.get_context("spawn")
+    with context.Pool(config.workers, _begin, (config, str(spool))) as pool:
+        jobs = [pool.apply_async(_attempt, (first_seed + ahead,)) for ahead in range(2 * config.workers)]
+        next_seed = first_seed + len(jobs)
+        while True:
+            yield jobs.pop(0).get(timeout=600)
+            jobs.append(pool.apply_async(_attempt, (next_seed,)))
+            next_seed += 1
+
+
+_twin: Twin | None = None  # of this worker process
+_config: TwinDemosConfig | None = None
+_spool = Path()
+
+
+def _begin(config: TwinDemosConfig, spool: str) -> None:
+    global _twin, _config, _spool
+    _config, _spool = config, Path(spool)
+    _twin = Twin(config.twin, config.embodiment)
+
+
+def _attempt(seed: int) -> Attempt:
+    assert _twin is not None and _config is not None
+    return demonstrate(_twin, _config, seed, _spool / f"{seed:08d}")
+
+
+def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) -> Attempt:
+    """One episode of the expert from a displaced start, written to `folder` when it succeeds."""
+    embodiment, period_ns = config.embodiment, round(1e9 / config.embodiment.policy_rate_hz)
+    expert = PickPlaceExpert(embodiment, seed)
+    twin.reset(seed)
+    displace(twin, np.random.default_rng([seed, 1]), config.start_range_m)
+    size = (config.twin.picture_height, config.twin.picture_width)
+    instruction = embodiment.instructions[0]
+    writer = EpisodeWriter(folder, embodiment, int(embodiment.policy_rate_hz), instruction, "twin", size)
+    steps = 0
+    while not twin.ended:
+        facts = twin.facts
+        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.cube_pos_m, facts.plate_pos_m)
+        row = {
+            "observation.state": twin.state,
+            "action": action,
+            "requested_action": action,
+            "capture_stamp_ns": (steps + 1) * period_ns,
+        }
+        writer.add({name: picture.copy() for name, picture in twin.pictures().items()}, row)
+        twin.step(action)
+        steps += 1
+    if not twin.facts.success:
+        writer.discard()
+        return Attempt(seed, False, steps, "")
+    return Attempt(seed, True, steps, str(writer.close(success=True, extra={"seed": seed})))
+
+
+def displace(twin: Twin, rng: np.random.Generator, range_m: float) -> None:
+    """Move the arm to a random start near home, before anything is recorded."""
+    offset_m = rng.uniform(-range_m, range_m, 3)
+    num_steps = 5
+    action = np.append(offset_m / num_steps, [0, 0, 0, 1.0])
+    for _ in range(num_steps):
+        twin.env.policy_step(action)
+    twin.facts = twin.env.policy_step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
