@@ -14,6 +14,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,16 @@ class BlockSource:
 
 
 class Assembly:
-    """A folder in the making. Raises OSError when the disk fails (full, read-only): what was written stays of use."""
+    """A folder in the making. Raises OSError when the disk fails (full, read-only): what was written stays of use.
 
-    def __init__(self, folder: Path, files: dict[str, FileEntry], local: BlockSource | None = None):
+    One thread owns it. With `workers`, `put` leaves hashing and writing to that many threads and `settle` takes in what
+    they finished; without, `put` does it all at once.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, FileEntry], local: BlockSource | None = None, workers: int = 0):
         self.folder, self.files = folder, files
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="assembly") if workers else None
+        self._writing: dict[str, Future[bool]] = {}
         self.bytes_total = sum(entry.size for entry in files.values())
         self.bytes_here = self.bytes_local = 0
         self._places = places(files)
@@ -156,7 +163,11 @@ class Assembly:
 
     @property
     def complete(self) -> bool:
-        return not self._missing and not self._asked
+        return not self._missing and not self._asked and not self._writing
+
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._writing)
 
     @property
     def num_asked(self) -> int:
@@ -164,12 +175,13 @@ class Assembly:
 
     def has(self, name: str) -> bool:
         """Whether every block of this file has been written."""
-        return not any(sha in self._missing or sha in self._asked for _, sha in self.files[name].blocks)
+        shas = [sha for _, sha in self.files[name].blocks]
+        return not any(sha in self._missing or sha in self._asked or sha in self._writing for sha in shas)
 
     def wants(self, window: int) -> list[str]:
         """Hashes to ask for now, so that `window` of them are under way."""
         new = []
-        while self._missing and len(self._asked) < window:
+        while self._missing and len(self._asked) + len(self._writing) < window:
             sha, _ = self._missing.popitem(last=False)
             self._asked[sha] = None
             new.append(sha)
@@ -182,18 +194,34 @@ class Assembly:
         """
         if sha not in self._asked and sha not in self._missing:
             return False
-        if hashlib.sha256(data).hexdigest() != sha:
-            self._tries[sha] = self._tries.get(sha, 0) + 1
-            log.warning("block %s arrived damaged (%d)", sha[:16], self._tries[sha])
-            if self._tries[sha] >= MAX_TRIES:
-                raise CorruptData(f"block {sha[:16]} of {self.folder.name} arrived damaged {MAX_TRIES} times")
-            self._asked.pop(sha, None)
-            self._missing[sha] = None
-            return False
-        self._write(sha, data)
         self._asked.pop(sha, None)
         self._missing.pop(sha, None)
+        if self._workers is not None:
+            self._writing[sha] = self._workers.submit(self._check_and_write, sha, data)
+            return True
+        return self._note(sha, self._check_and_write(sha, data))
+
+    def settle(self) -> None:
+        """Take in what the workers finished. Raises as `put` does."""
+        for sha in [sha for sha, future in self._writing.items() if future.done()]:
+            self._note(sha, self._writing.pop(sha).result())
+
+    def _check_and_write(self, sha: str, data: Any) -> bool:
+        if hashlib.sha256(data).hexdigest() != sha:
+            return False
+        self._write(sha, data)
         return True
+
+    def _note(self, sha: str, good: bool) -> bool:
+        if good:
+            self.bytes_here += sum(place.size for place in self._places[sha])
+            return True
+        self._tries[sha] = self._tries.get(sha, 0) + 1
+        log.warning("block %s arrived damaged (%d)", sha[:16], self._tries[sha])
+        if self._tries[sha] >= MAX_TRIES:
+            raise CorruptData(f"block {sha[:16]} of {self.folder.name} arrived damaged {MAX_TRIES} times")
+        self._missing[sha] = None
+        return False
 
     def ask_again(self) -> None:
         """What was asked for and has not come is wanted anew."""
@@ -209,6 +237,8 @@ class Assembly:
         durable.sync(self.folder)
 
     def close(self) -> None:
+        if self._workers is not None:
+            self._workers.shutdown(cancel_futures=True)  # waits for the writes that have begun
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -226,6 +256,7 @@ class Assembly:
                 self.bytes_here += sum(place.size for place in where)
             elif local is not None and (data := local.get(sha)) and hashlib.sha256(data).hexdigest() == sha:
                 self._write(sha, data)
+                self._note(sha, good=True)
                 self.bytes_local += len(data)
             elif where[0].size:
                 self._missing[sha] = None
@@ -240,7 +271,6 @@ class Assembly:
             while len(view):
                 written = os.pwrite(self._files[place.name], view, offset)
                 view, offset = view[written:], offset + written
-            self.bytes_here += place.size
 
 
 def _block_sizes(path: Path) -> Iterable[int]:
