@@ -78,8 +78,7 @@ class CameraNode(Node):
             health, told = reader.health, self._told.get(reader.name, Health())
             self._told[reader.name] = health
             if health.state != told.state:
-                say = self.get_logger().info if health.state == "OK" else self.get_logger().warning
-                say(f"{reader.name}: {health.state}")
+                self.get_logger().info(f"{reader.name}: {health.state}")
             if health.num_dropped > told.num_dropped:
                 self.get_logger().warning(
                     f"{reader.name}: {health.num_dropped} of {health.num_pictures} dropped so far"

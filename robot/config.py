@@ -21,6 +21,7 @@ class GripperConfig:
     speed_m_s: float = setting(0.1, "speed of the fingers", (0.01, 0.2))
     force_n: float = setting(20.0, "grasping force", (1.0, 70.0))
     hysteresis: float = setting(0.1, "commands in [-1, 1] nearer to 0 than this change nothing", (0.0, 0.9))
+    silence_s: float = setting(2.5, "a hand that reports nothing for this long is a lost link", (0.5, 30.0))
     command_timeout_s: float = setting(
         6.0, "a command that the hand does not finish in this time is a fault", (0.5, 30.0)
     )
@@ -89,6 +90,8 @@ class RuntimeConfig:
     prefetch_ticks: int = setting(1, "ask for the next chunk when this many actions are left", (0, 20))
     deadline_s: float = setting(0.5, "a chunk that takes longer is given up", (0.01, 60.0))
     max_age_s: float = setting(0.2, "pictures or states older than this are not shown to the policy", (0.02, 5.0))
+    teleop_speed_m_s: float = setting(0.45, "teleop actions are joined into one up to this speed", (0.01, 1.7))
+    teleop_turn_rad_s: float = setting(1.4, "the same for their rotation", (0.01, 2.5))
     teleop_timeout_s: float = setting(0.3, "a person has let go when no teleop action came for this long", (0.05, 5.0))
 
 

@@ -87,7 +87,7 @@ class GripperDriver:
             self._give_up(f"gripper did not answer for {self.config.command_timeout_s:.1f} s")
 
     def _run(self) -> None:
-        gripper = None
+        gripper, heard_s = None, time.monotonic()
         while gripper is None and not self._closing.is_set():
             self._beat_s = time.monotonic()
             try:
@@ -97,15 +97,21 @@ class GripperDriver:
         while not self._closing.is_set() and not self.dead:
             self._beat_s = time.monotonic()
             try:
-                state = gripper.state
-                self._max_width_m, self.is_grasped = state.max_width, state.is_grasped
-                self.opening_m = state.width
-                self._advance(gripper)
+                self._look(gripper)
+                heard_s = self._beat_s
             except FRANKY_ERRORS as error:
-                self._give_up(f"lost link to the gripper: {_first_line(error)}")
+                # Nothing for a second is an exception already; a busy hand may be silent for longer.
+                if "Timeout" not in str(error) or time.monotonic() - heard_s > self.config.silence_s:
+                    self._give_up(f"lost link to the gripper: {_first_line(error)}")
             self._closing.wait(POLL_S)
-        _left_behind.extend(x for x in (self._future, self._stopping) if x is not None)
-        self._future = self._stopping = None
+        if self.dead:  # destroying what waits for a dead hand would wait too, and hold up every thread of the process
+            _left_behind.extend((self._future, self._stopping, gripper))
+
+    def _look(self, gripper: franky.Gripper) -> None:
+        state = gripper.state
+        self._max_width_m, self.is_grasped = state.max_width, state.is_grasped
+        self.opening_m = state.width
+        self._advance(gripper)
 
     def _advance(self, gripper: franky.Gripper) -> None:
         """Finish what runs, or stop it when something else is wanted, or begin what is wanted."""

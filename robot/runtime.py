@@ -57,12 +57,17 @@ class Figures:
 
 
 class TeleopInput:
-    """Actions of a person (or a scripted expert) between two ticks, composed into one: no motion is lost or delayed."""
+    """Actions of a person (or a scripted expert) on their way into the grid of ticks.
 
-    def __init__(self, timeout_s: float):
+    Two that fall between the same ticks are composed into one, so no motion is lost or delayed, unless together they
+    would be faster than `max_speed_m_s` and `max_turn_rad_s`: then one waits for the next tick, before a limit cuts it.
+    """
+
+    def __init__(self, period_s: float, timeout_s: float, max_speed_m_s: float, max_turn_rad_s: float):
         self.timeout_s = timeout_s
+        self._max_step_m, self._max_step_rad = max_speed_m_s * period_s, max_turn_rad_s * period_s
         self._lock = threading.Lock()
-        self._actions: list[np.ndarray] = []
+        self._actions: deque[np.ndarray] = deque(maxlen=20)
         self._heard_s = -1e9
 
     def add(self, action: np.ndarray) -> None:
@@ -75,13 +80,23 @@ class TeleopInput:
             self._heard_s = time.monotonic()
 
     def take(self) -> np.ndarray | None:
+        """The action of this tick."""
         with self._lock:
-            actions, self._actions = self._actions, []
-        return compose(actions) if actions else None
+            if not self._actions:
+                return None
+            action = self._actions.popleft()
+            while self._actions and self._fits(both := compose([action, self._actions[0]])):
+                self._actions.popleft()
+                action = both
+            return action
 
     @property
     def is_active(self) -> bool:
-        return time.monotonic() - self._heard_s < self.timeout_s
+        return bool(self._actions) or time.monotonic() - self._heard_s < self.timeout_s
+
+    def _fits(self, action: np.ndarray) -> bool:
+        turn_rad = float(pose.rotation_angle(pose.matrix_from_rpy(action[3:6])))
+        return float(np.linalg.norm(action[:3])) <= self._max_step_m and turn_rad <= self._max_step_rad
 
 
 class Runtime:
@@ -106,7 +121,9 @@ class Runtime:
         self.config, self.period_ns = config, round(embodiment.period_s * 1e9)
         self.observer, self.policy, self.now_ns = observer, policy, now_ns
         self.executor = Executor(config.num_action_chunks, config.prefetch_ticks, self.period_ns)
-        self.teleop = TeleopInput(config.teleop_timeout_s)
+        self.teleop = TeleopInput(
+            embodiment.period_s, config.teleop_timeout_s, config.teleop_speed_m_s, config.teleop_turn_rad_s
+        )
         self.started = config.autostart
         self.arm_ready = True
         self.last = Tick("hold", "not started")

@@ -1,5 +1,6 @@
 """How every node of the robot side starts and ends."""
 
+import faulthandler
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ def run_node(make_node: Callable[[], Node], argv: list[str] | None = None) -> in
 
     ROS stays up until the node's `close()`, if it has one, has run: threads of a node may publish to the end.
     """
+    faulthandler.register(signal.SIGUSR1)  # shows where each thread stands
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))

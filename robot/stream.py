@@ -6,6 +6,7 @@ the moment it arrives and loses millimetres.
 """
 
 import time
+from collections.abc import Callable
 
 import franky
 import numpy as np
@@ -38,11 +39,11 @@ class PositionStream:
         self._robot.move(motion, asynchronous=True)
         self._last = np.array(T_base_target)
 
-    def stop(self) -> None:
-        """Brake and end the session. Raises what the session ended with instead."""
+    def stop(self, meanwhile: Callable[[], None]) -> None:
+        """Brake and end the session, calling `meanwhile` often. Raises what the session ended with instead."""
         if self._last is not None and not has_ended(self._robot):
             self._robot.move(franky.CartesianStopMotion(), asynchronous=True)
-            _wait_for_end(self._robot)
+            _wait_for_end(self._robot, meanwhile)
 
 
 class ImpedanceStream:
@@ -63,10 +64,10 @@ class ImpedanceStream:
     def send(self, T_base_target: np.ndarray) -> None:
         self._tracker.set_target(franky.Affine(T_base_target))
 
-    def stop(self) -> None:
+    def stop(self, meanwhile: Callable[[], None]) -> None:
         if not has_ended(self._robot):
             self._robot.move(franky.TorqueStopMotion(), asynchronous=True)
-            _wait_for_end(self._robot)
+            _wait_for_end(self._robot, meanwhile)
 
 
 def has_ended(robot: franky.Robot) -> bool:
@@ -75,12 +76,13 @@ def has_ended(robot: franky.Robot) -> bool:
     return robot.join_motion(timeout=0.0)
 
 
-def _wait_for_end(robot: franky.Robot) -> None:
+def _wait_for_end(robot: franky.Robot, meanwhile: Callable[[], None]) -> None:
     """Joining waits for ever when the robot has gone; this does not."""
     until_s = time.monotonic() + STOP_TIMEOUT_S
     while not has_ended(robot):
         if time.monotonic() > until_s:
             raise RuntimeError(f"the arm did not come to rest in {STOP_TIMEOUT_S} s")
+        meanwhile()
         time.sleep(0.005)
 
 

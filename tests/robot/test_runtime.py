@@ -135,6 +135,14 @@ def test_without_a_policy_only_teleop_moves():
         world.runtime.teleop.add([np.nan] + [0] * 6)
 
 
+def test_teleop_actions_that_would_be_too_fast_together_take_a_tick_each():
+    world = World(None, teleop_speed_m_s=0.45)
+    for _ in range(3):
+        world.runtime.teleop.add([0.03] + [0] * 6)
+    assert [world.tick().source for _ in range(3)] == ["teleop"] * 3
+    assert [a for a, _, _ in world.sent] == [0.03] * 3
+
+
 def test_composed_actions_move_the_target_as_one_after_the_other():
     a, b = np.array([0.01, 0, 0.02, 0.03, 0, 0.05, 1]), np.array([0, 0.01, 0, 0, 0.04, -0.02, -1])
     start = pose.pose(np.array([0.4, 0.1, 0.3]), pose.matrix_from_rpy([np.pi, 0.1, 0.7]))

@@ -1,0 +1,274 @@
+"""The one thread that owns `franky.Robot`: connects, reads, streams, homes, recovers. See `robot.arm`."""
+
+import logging
+import os
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import franky
+import numpy as np
+
+from robot.safety import State
+from robot.stamps import StampMap
+from robot.stream import ROBOT_ERRORS, ImpedanceStream, PositionStream, first_line, has_ended
+from robot.target import TargetPath
+
+if TYPE_CHECKING:
+    from robot.arm import ArmDriver
+
+log = logging.getLogger(__name__)
+
+REJOIN_S = 0.5  # between attempts to reach a robot that was never there
+AT_HOME_RAD = 0.02
+
+
+@dataclass(frozen=True)
+class ArmSample:
+    """One state. `stamp_ns`: robot's clock. Wrench: force (N) and torque (Nm) on the TCP, base frame."""
+
+    stamp_ns: int
+    q_rad: np.ndarray
+    T_base_tcp: np.ndarray
+    wrench_base: np.ndarray
+
+
+@dataclass
+class Requests:
+    """What others want the arm's thread to do."""
+
+    home: Future | None = None
+    acknowledge: Future | None = None
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+class ArmThread(threading.Thread):
+    """One owner of `franky.Robot`. A new one takes over after this one was left behind."""
+
+    def __init__(self, driver: "ArmDriver"):
+        super().__init__(name="arm", daemon=True)
+        self.driver, self.config = driver, driver.config
+        self.requests = Requests()
+        self.beat_s = self.fresh_s = time.monotonic()  # of the last loop, of the last new state
+        self.call = "connecting"
+        self.is_homing = False
+        self.is_usable = True
+        self._robot: franky.Robot | None = None
+        self._stream: PositionStream | ImpedanceStream | None = None
+        self._stamps = StampMap()
+        self._robot_ms = -1.0
+        self._streams_at_s = 0.0
+
+    def leave_behind(self) -> None:
+        """The thread is stuck inside a call: nobody will use it or wait for it again."""
+        self.is_usable = False
+        self.requests.closing.set()
+        for future in (self.requests.home, self.requests.acknowledge):
+            if future is not None and not future.done():
+                future.set_exception(RuntimeError(f"{self.call} did not return"))
+
+    def run(self) -> None:
+        next_s, period_s = time.monotonic(), 1 / self.config.poll_rate_hz
+        while not self.requests.closing.is_set():
+            self.beat_s = time.monotonic()
+            self._cycle()
+            next_s = max(next_s + period_s, time.monotonic())
+            self.requests.closing.wait(next_s - time.monotonic())
+        self._leave()
+
+    def _cycle(self) -> None:
+        """One look at the robot. Whatever it reports as wrong becomes a latched fault."""
+        driver = self.driver
+        try:
+            if self._robot is None:
+                if driver.machine.state is State.DISCONNECTED or self.requests.acknowledge is not None:
+                    self._connect()
+                return
+            self._read()
+            if driver.machine.state is State.FAULT:
+                self._end_stream()
+                self._refuse_home()
+                if self.requests.acknowledge is not None:
+                    self._recover()
+            elif self.requests.home is not None:
+                self._home()
+            else:
+                self._send()
+        except ROBOT_ERRORS as error:
+            self._fail(error)
+
+    def _connect(self) -> None:
+        """A fresh robot. One never reached yet is tried again; after a fault only an operator's word leads here."""
+        self.call, first = "connecting", self.driver.machine.state is State.DISCONNECTED
+        try:
+            robot = franky.Robot(self.config.host, realtime_config=franky.RealtimeConfig.Ignore)
+        except ROBOT_ERRORS as error:
+            if isinstance(error, franky.IncompatibleVersionException) or not first:
+                raise
+            self.driver.machine.reason = first_line(error)
+            self.requests.closing.wait(REJOIN_S)
+            return
+        finally:
+            # The constructor puts this thread under SCHED_FIFO 99 if it may, and its control thread inherits that.
+            if not self.config.realtime:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        robot.relative_dynamics_factor = self.config.dynamics_factor
+        self.call = "set_collision_behavior"
+        robot.set_collision_behavior(self.config.collision_torque_nm, self.config.collision_force_n)
+        self._robot, self._robot_ms, self._stamps = robot, -1.0, StampMap()
+        self._read()
+        if not first:
+            self._recover()
+
+    def _read(self) -> None:
+        """The newest state into the ring; judge it and its age."""
+        self.call = "reading the state"
+        state = self._robot.state
+        driver, now_s, robot_ms = self.driver, time.monotonic(), state.time.to_sec() * 1e3
+        if robot_ms != self._robot_ms:
+            self._robot_ms, self.fresh_s = robot_ms, now_s
+            stamp_ns = self._stamps.stamp_ns(robot_ms, driver.now_ns())
+            sample = ArmSample(stamp_ns, np.array(state.q), state.O_T_EE.matrix, np.array(state.O_F_ext_hat_K))
+            with driver.lock:
+                driver.samples.append(sample)
+                if driver.path is None:
+                    driver.path = TargetPath(sample.T_base_tcp, driver.embodiment.period_s, self.config.limits)
+                elif driver.machine.state in (State.IDLE, State.DISCONNECTED) and self._stream is None:
+                    driver.path.reset(sample.T_base_tcp)  # an arm that is moved by hand keeps its target with it
+        mode = state.robot_mode
+        with driver.lock:
+            if mode in (franky.RobotMode.Reflex, franky.RobotMode.UserStopped):
+                names = state.last_motion_errors if mode == franky.RobotMode.Reflex else "user stop pressed"
+                driver.fault(f"{mode.name.lower()}: {names}")
+            elif now_s - self.fresh_s > self.config.state_hold_s:
+                driver.machine.hold("stale arm state")
+            else:
+                driver.machine.release("stale arm state")
+                if driver.gripper_is_ready():
+                    driver.machine.connected()
+
+    def _send(self) -> None:
+        """Stream the pose of this moment while actions run or hold; begin a session with the first one."""
+        driver, now_s = self.driver, time.monotonic()
+        self.call = "streaming"
+        if self._stream is None:
+            if not driver.machine.may_move:
+                return
+            kind = PositionStream if self.config.streaming == "position" else ImpedanceStream
+            self._stream = kind(self._robot, self.config)
+            self._streams_at_s = now_s
+        self._stream.check()
+        if now_s + 1e-3 < self._streams_at_s:
+            return
+        self._streams_at_s = max(self._streams_at_s + 1 / self.config.stream_rate_hz, now_s)
+        with driver.lock:
+            streamed = driver.path.at(driver.now_ns())
+            driver.num_clips.update(f"stream_{clip.limit}" for clip in streamed.clips)
+        self._stream.send(streamed.T_base_target)
+
+    def _home(self) -> None:
+        """Joint motion home. States are read meanwhile, so that every watchdog stays awake."""
+        driver, future = self.driver, self.requests.home
+        self.is_homing = True
+        try:
+            self._end_stream()
+            with driver.lock:
+                driver.machine.idle("going home")
+            if driver.gripper is not None and not driver.gripper.knows_its_width:
+                driver.gripper.rehome()
+            goal_rad = np.array(driver.embodiment.home_joint_pos_rad)
+            dynamics = franky.RelativeDynamicsFactor(self.config.home_dynamics_factor)
+            self._robot.move(franky.JointMotion(goal_rad.tolist(), relative_dynamics_factor=dynamics), True)
+            until_s = time.monotonic() + self.config.home_timeout_s
+            self._wait_motion(until_s)
+            away_rad = float(np.abs(driver.samples[-1].q_rad - goal_rad).max())
+            if driver.machine.state is State.FAULT or away_rad > AT_HOME_RAD:
+                raise RuntimeError(f"stopped {away_rad:.3f} rad away from home ({driver.machine.reason})")
+            with driver.lock:
+                driver.path.reset(driver.samples[-1].T_base_tcp)
+                driver.machine.reason = "at home"
+            _finish(future, None)
+        except ROBOT_ERRORS as error:
+            _finish(future, error)
+            raise
+        finally:
+            self.requests.home, self.is_homing = None, False
+
+    def _refuse_home(self) -> None:
+        """What was asked for just before a fault."""
+        future, self.requests.home = self.requests.home, None
+        _finish(future, RuntimeError(self.driver.machine.reason))
+
+    def _wait_motion(self, until_s: float) -> None:
+        """Until the motion has ended; a fault or a timeout ends it. Raises what the motion ended with."""
+        while not has_ended(self._robot):
+            self.beat_s = time.monotonic()
+            self._read()
+            if self.driver.machine.state is State.FAULT or self.beat_s > until_s or self.requests.closing.is_set():
+                with suppress(franky.ControlException):  # "Move command preempted!"
+                    self._robot.stop()
+                    self._robot.join_motion(timeout=1.0)
+                return
+            time.sleep(0.01)
+
+    def _recover(self) -> None:
+        """An operator has acknowledged: clear the robot's error, then ours."""
+        driver, future = self.driver, self.requests.acknowledge
+        self.call = "recover_from_errors"
+        try:
+            if self._robot.has_errors or self._robot.state.robot_mode != franky.RobotMode.Idle:
+                self._robot.recover_from_errors()
+            mode = self._robot.state.robot_mode
+            if mode != franky.RobotMode.Idle:
+                raise RuntimeError(f"the robot is still in mode {mode.name}")
+            with driver.lock:
+                driver.start_gripper()
+                driver.path.reset(driver.samples[-1].T_base_tcp)
+                driver.machine.acknowledge()
+            log.info("fault acknowledged")
+            _finish(future, None)
+        except ROBOT_ERRORS as error:
+            driver.machine.reason = first_line(error)
+            _finish(future, error)
+            if isinstance(error, franky.NetworkException) or "Net Exception" in str(error):
+                raise
+        finally:
+            self.requests.acknowledge = None
+
+    def _fail(self, error: Exception) -> None:
+        """A call into the robot failed. After a network error the object is dead and dropped (measured)."""
+        reason, self._stream = first_line(error), None
+        link_is_lost = self._robot is None or isinstance(error, franky.NetworkException) or "Net Exc" in str(error)
+        self.driver.fault(f"lost link: {reason}" if link_is_lost else reason)
+        if link_is_lost:
+            self.call, self._robot = "dropping the connection", None
+        for name in ("home", "acknowledge"):
+            if (future := getattr(self.requests, name)) is not None:
+                _finish(future, error)
+                setattr(self.requests, name, None)
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            stream.stop(self._read)
+
+    def _leave(self) -> None:
+        """Bring the arm to rest before the process ends, if it still answers."""
+        if self.is_usable and self._robot is not None:
+            try:
+                self._end_stream()
+            except ROBOT_ERRORS as error:
+                log.warning("while leaving: %s", first_line(error))
+            self._robot = None
+
+
+def _finish(future: Future | None, error: Exception | None) -> None:
+    if future is None or future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(RuntimeError(first_line(error)))
