@@ -75,13 +75,20 @@ class Policy(Protocol):
     num_action_chunks: int
 
     def prepare(self, observation: ObservationBatch) -> Any:
-        """Raw observations to model inputs on the policy's device. Indexable with a LongTensor of batch positions."""
+        """Raw observations to model inputs on the policy's device. The result is indexable with a LongTensor of batch
+        positions, and its class has `concatenate(parts)`."""
 
     def infer(self, observation: ObservationBatch, generator: torch.Generator | None = None) -> Tensor:
         """Deterministic-ODE actions for deployment: float32 [B, H, 7], contract units, on the CPU. No gradient."""
 
     def sample(self, prepared: Any, generator: torch.Generator | None = None) -> Sample:
         """Stochastic actions for rollouts. No gradient."""
+
+    def value(self, prepared: Any) -> Tensor:
+        """Critic alone: float32 [B]. No gradient."""
+
+    def set_noise_level(self, level: float) -> None:
+        """Exploration of `sample` and `scores` from now on (learner.flow.annealed_noise_level)."""
 
     def scores(self, prepared: Any, chain: Tensor, denoise_index: Tensor) -> Scores:
         """Log-probability, entropy and value of stored chains under the current weights, with gradient."""

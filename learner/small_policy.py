@@ -80,7 +80,7 @@ class Statistics:
 
 @dataclass
 class Prepared:
-    """`views`: for each camera uint8 pictures [B, h, w, 3], or with frozen eyes what they see: float32 [B, features]."""
+    """`views` of each camera: uint8 pictures [B, h, w, 3], or with frozen eyes what they see: float32 [B, features]."""
 
     views: dict[str, Tensor]
     state: Tensor  # [B, 7], contract units

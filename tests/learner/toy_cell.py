@@ -4,6 +4,8 @@ The TCP follows its target with a lag, a cube near closed fingers sticks to them
 `ToyVectorEnv` has the vector twin's interface (learner.rollouts.VectorEnv).
 """
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 import yaml
@@ -11,7 +13,6 @@ import yaml
 from bridge import pose
 from bridge.config import CONFIG_DIR
 from bridge.embodiment import Embodiment
-from learner.rollouts import ChunkResult, Views
 from sim.expert import PickPlaceExpert
 
 HALF_M = 0.02
@@ -113,46 +114,73 @@ def demonstration(embodiment: Embodiment, seed: int, noise_m: float = 0.0, size:
     return {"images": images, "state": states, "action": actions, "success": cell.success}
 
 
+@dataclass
+class Views:
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+
+
+@dataclass
+class ChunkResult:
+    observation: Views
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    valid: np.ndarray
+    success: np.ndarray
+    episode_len: np.ndarray
+    seeds: np.ndarray
+    lost: np.ndarray
+
+
 class ToyVectorEnv:
-    """Toy cells behind the vector twin's interface."""
+    """Toy cells behind the vector twin's interface (without automatic resets)."""
 
     def __init__(self, embodiment: Embodiment, num_envs: int, max_steps: int = 80, size: tuple[int, int] = (96, 128)):
         self.cells = [ToyCell(embodiment, size) for _ in range(num_envs)]
-        self.embodiment, self.num_envs, self.max_steps = embodiment, num_envs, max_steps
+        self.num_envs, self.max_steps = num_envs, max_steps
         self.seeds = np.zeros(num_envs, np.int64)
         self.steps = np.zeros(num_envs, np.int64)
 
     def reset(self, seeds, env_ids=None):
-        ids = range(self.num_envs) if env_ids is None else env_ids
+        ids = self._ids(env_ids)
         for env, seed in zip(ids, seeds, strict=True):
             self.cells[env].reset(int(seed))
             self.seeds[env], self.steps[env] = seed, 0
-        return self._observe()
+        return self._observe(ids)
 
-    def _observe(self):
-        pictures = [cell.pictures() for cell in self.cells]
+    def _ids(self, env_ids):
+        return list(range(self.num_envs)) if env_ids is None else list(env_ids)
+
+    def _observe(self, ids):
+        pictures = [self.cells[env].pictures() for env in ids]
         images = {name: np.stack([p[name] for p in pictures]) for name in pictures[0]}
-        return Views(images, np.stack([cell.state for cell in self.cells]))
+        return Views(images, np.stack([self.cells[env].state for env in ids]))
 
-    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
-        n, chunk = actions.shape[:2]
-        reward, valid = np.zeros((n, chunk), np.float32), np.zeros((n, chunk), bool)
-        terminated = np.zeros(n, bool)
-        for env, cell in enumerate(self.cells):
-            for step in range(chunk):
-                if terminated[env] or self.steps[env] >= self.max_steps:
-                    break
-                cell.step(actions[env, step])
+    def step_chunk(self, actions: np.ndarray, env_ids=None) -> ChunkResult:
+        ids = self._ids(env_ids)
+        reward = np.zeros(actions.shape[:2], np.float32)
+        terminated, truncated, valid = (np.zeros(actions.shape[:2], bool) for _ in range(3))
+        for row, env in enumerate(ids):
+            cell = self.cells[env]
+            for step, action in enumerate(actions[row]):
+                cell.step(action)
                 self.steps[env] += 1
-                valid[env, step], reward[env, step] = True, float(cell.success)
-                terminated[env] = cell.success
-        truncated = ~terminated & (self.steps >= self.max_steps)
-        final = self._observe()
-        lengths, seeds = self.steps.copy(), self.seeds.copy()
-        for env in np.flatnonzero(terminated | truncated):
-            self.reset([int(self.seeds[env]) + self.num_envs], [env])
+                valid[row, step], terminated[row, step] = True, cell.success
+                truncated[row, step] = not cell.success and self.steps[env] >= self.max_steps
+                reward[row, step] = float(cell.success)
+                if terminated[row, step] or truncated[row, step]:
+                    break
         return ChunkResult(
-            self._observe(), reward, terminated, truncated, valid, terminated.copy(), lengths, final, seeds
+            observation=self._observe(ids),
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            valid=valid,
+            success=terminated.any(1),
+            episode_len=self.steps[ids].copy(),
+            seeds=self.seeds[ids].copy(),
+            lost=np.zeros(len(ids), bool),
         )
 
     def close(self) -> None:

@@ -1,0 +1,273 @@
+"""Stage II: PPO in the twin with an SFT term on demonstrations of the robot (or its stand-in).
+
+    for every iteration: fresh seeded twin episodes -> advantages -> updates of L_rl + beta L_sft -> checkpoint
+
+Starts from a bundle of Stage I. State is saved after every iteration; an interrupted run goes on there, and gives what
+an uninterrupted one would have given.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from bridge import durable
+from bridge.checkpoint import bundle_path, latest_bundle, verify_bundle, write_bundle
+from bridge.config import command_line, save
+from bridge.errors import BridgeError
+from bridge.run_files import write_stage
+from learner.demo_dataset import DataConfig, Mixture, open_parts
+from learner.flow import annealed_noise_level
+from learner.load import load_policy
+from learner.rollouts import Rollouts, VectorEnv, collect
+from learner.sft import default_data, terminate_as_interrupt
+from learner.small_bundle import bundle_files
+from learner.update import AlgoConfig, Updater, make_optimizer
+from sim.twin.config import TwinConfig
+from sim.twin.vector_env import TwinVectorEnv
+
+
+@dataclass
+class TrainConfig:
+    """Keys of `cotwin train`."""
+
+    name: str = "demo"
+    runs_dir: str = "runs"
+    stage: str = "train"
+    seed: int = 0
+    checkpoint: str = ""  # bundle folder to start from; empty: the run's newest
+    iterations: int = 3
+    envs: int = 8  # twins
+    workers: int = 2  # processes that share them
+    queries: int = 12  # policy queries of every environment in an iteration
+    save_every: int = 1  # iterations between bundles; the last one is always saved
+    threads: int = 2
+    device: str = "cpu"
+    noise_level: float | None = None  # exploration; None: the checkpoint's
+    resume: bool = True
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # of the SFT term; empty: the run's own data/stand_in
+    twin: TwinConfig = field(default_factory=TwinConfig)
+
+    def __post_init__(self):
+        if self.iterations < 1 or self.queries < 1 or self.save_every < 1:
+            raise ValueError("iterations, queries and save_every must be at least 1")
+
+    @property
+    def run(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+class Trainer:
+    """One iteration at a time. The environments begin anew in each, so that weights, optimiser, counters and one
+    generator are the whole state."""
+
+    def __init__(self, config: TrainConfig, policy: Any, env: VectorEnv, demos: Mixture | None):
+        self.config, self.policy, self.env, self.demos = config, policy, env, demos
+        if hasattr(policy, "freeze_eyes"):
+            policy.freeze_eyes()
+        self.flow = policy.config.flow
+        if config.noise_level is not None:
+            self.flow.noise_level = config.noise_level
+        self.generator = torch.Generator().manual_seed(config.seed)
+        optimizer = make_optimizer(policy, config.algo)
+        self.updater = Updater(policy, optimizer, config.algo, demos, self.generator)
+        self.iteration, self.env_steps = 0, 0
+
+    def iterate(self) -> dict[str, float]:
+        """Rollouts and updates; returns metrics by the names that TensorBoard shows."""
+        c = self.config
+        self.policy.set_noise_level(annealed_noise_level(self.flow, self.iteration))
+        started_s = time.monotonic()
+        rollouts = collect(
+            self.env, self.policy, self.seeds(), c.queries, c.algo.gamma, c.algo.gae_lambda, self.generator
+        )
+        collected_s = time.monotonic()
+        metrics = self.updater.update(rollouts) | rollout_metrics(rollouts)
+        self.iteration += 1
+        self.env_steps += rollouts.num_env_steps
+        metrics["time/rollout_s"], metrics["time/update_s"] = collected_s - started_s, time.monotonic() - collected_s
+        metrics["time/env_steps_per_s"] = rollouts.num_env_steps / metrics["time/rollout_s"]
+        return metrics
+
+    def seeds(self) -> Iterator[int]:
+        """Of this iteration's episodes, without end; far from those that evaluation uses."""
+        rng = np.random.default_rng([self.config.seed, self.iteration])
+        while True:
+            yield int(rng.integers(1_000_000, 2**31 - 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self.updater.optimizer.state_dict(),
+            "steps": self.updater.steps,
+            "demos": self.demos.state_dict() if self.demos else None,
+            "generator": self.generator.get_state(),
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.updater.optimizer.load_state_dict(state["optimizer"])
+        self.updater.steps = state["steps"]
+        if self.demos:
+            self.demos.load_state_dict(state["demos"])
+        self.generator.set_state(state["generator"])
+        self.iteration, self.env_steps = state["iteration"], state["env_steps"]
+
+
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+    """Means over samples that count and over episodes that ended."""
+    mask = rollouts.mask.bool()
+    returns, advantages = rollouts.returns[mask], rollouts.raw_advantages[mask]
+    error = (rollouts.returns - rollouts.old_value)[mask]
+    metrics = {
+        "rollout/returns_mean": returns.mean().item(),
+        "rollout/advantages_mean": advantages.mean().item(),
+        "rollout/explained_variance": 1 - (error.var() / returns.var().clamp(min=1e-8)).item(),
+        "env/num_trajectories": float(len(rollouts.episodes)),
+    }
+    if rollouts.episodes:
+        metrics["env/success_once"] = float(np.mean([e.success for e in rollouts.episodes]))
+        metrics["env/episode_len"] = float(np.mean([e.length for e in rollouts.episodes]))
+        metrics["env/return"] = float(np.mean([e.reward for e in rollouts.episodes]))
+    return metrics
+
+
+def main(argv: list[str]) -> int:
+    config = command_line("train", TrainConfig, argv, __doc__)
+    torch.set_num_threads(config.threads)
+    try:
+        figures = train(config)
+    except (BridgeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"version {figures['parent_version']} -> {figures['version']} after {figures['optimizer_steps']} steps")
+    return 0
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """The whole stage; returns its figures."""
+    started_s = time.monotonic()
+    start = Path(config.checkpoint) if config.checkpoint else latest_bundle(config.run / "checkpoints")
+    if start is None:
+        raise ValueError(f"{config.run / 'checkpoints'} holds no bundle to start from; run `cotwin sft` first")
+    state_file = config.run / "training" / f"{config.stage}.pt"
+    saved = load_state(state_file, config) if config.resume and state_file.exists() else None
+    start = Path(saved["start"]) if saved else start
+    parent = verify_bundle(start).version
+    policy = load_policy(start, config.device)
+    save(config, config.run / "config" / f"{config.stage}.yaml")
+    env = TwinVectorEnv(config.twin, policy.embodiment, config.envs, config.workers, config.seed, auto_reset=False)
+    with contextlib.closing(env):
+        trainer = Trainer(config, policy, env, open_demos(config, policy))
+        if saved:
+            trainer.load_state_dict(saved["trainer"])
+        history = run_iterations(trainer, config, start, parent, state_file)
+    newest = verify_bundle(latest_bundle(config.run / "checkpoints"))
+    curve = config.run / "curves" / f"{config.stage}.json"
+    durable.make_folder(curve.parent)
+    durable.write_text(curve, json.dumps(history) + "\n")
+    rollout_s = sum(m["time/rollout_s"] for m in history)
+    figures = {
+        "parent_version": parent,
+        "version": newest.version,
+        "iterations": trainer.iteration,
+        "optimizer_steps": trainer.updater.steps,
+        "env_steps": trainer.env_steps,
+        "env_steps_per_s": sum(m["time/env_steps_per_s"] * m["time/rollout_s"] for m in history) / max(rollout_s, 1e-9),
+        "rollout_s": rollout_s,
+        "update_s": sum(m["time/update_s"] for m in history),
+        "success_once_first": history[0].get("env/success_once", 0.0) if history else 0.0,
+        "success_once_last": history[-1].get("env/success_once", 0.0) if history else 0.0,
+    }
+    write_stage(config.run, config.stage, time.monotonic() - started_s, figures, {"metrics": curve})
+    state_file.unlink(missing_ok=True)
+    return figures
+
+
+def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
+    """Demonstrations of the SFT term; None when beta is 0."""
+    if config.algo.beta == 0:
+        return None
+    data = config.data
+    if not data.sim and not data.real:
+        data = default_data(data, config.run)
+        data.sim = []  # Stage II anchors the policy to the robot; the twin is where it explores
+        if not data.real:
+            raise ValueError(
+                f"algo.beta {config.algo.beta} needs demonstrations: {config.run}/data/stand_in is missing"
+            )
+    size = (policy.config.image_height, policy.config.image_width)
+    return Mixture(open_parts(data, policy.embodiment, policy.horizon, size), config.algo.sft_batch_size, config.seed)
+
+
+def run_iterations(
+    trainer: Trainer, config: TrainConfig, start: Path, parent: int, state_file: Path
+) -> list[dict[str, float]]:
+    """Iterate to the end, logging and saving; returns the metrics of this process's iterations."""
+    durable.make_folder(state_file.parent)
+    history = []
+    writer = SummaryWriter(str(config.run / "tensorboard"), purge_step=trainer.iteration)
+    bar = tqdm(total=config.iterations, initial=trainer.iteration, desc=config.stage, unit="iteration")
+    with writer, bar, terminate_as_interrupt():
+        while trainer.iteration < config.iterations:
+            metrics = trainer.iterate()
+            history.append(metrics)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, trainer.iteration)
+            bar.update()
+            bar.set_postfix(success=f"{metrics.get('env/success_once', 0):.2f}", refresh=False)
+            if trainer.iteration % config.save_every == 0 or trainer.iteration == config.iterations:
+                parent = save_bundle(trainer, config, parent, metrics)
+            save_state(trainer, config, start, state_file)
+    return history
+
+
+def save_bundle(trainer: Trainer, config: TrainConfig, parent: int, metrics: dict[str, float]) -> int:
+    """The next version; returns it."""
+    root = config.run / "checkpoints"
+    newest = latest_bundle(root)
+    version = 1 + max(parent, verify_bundle(newest).version if newest else 0)
+    evaluation = {key: metrics[key] for key in ("env/success_once", "env/episode_len") if key in metrics}
+    write_bundle(
+        bundle_path(root, version),
+        bundle_files(trainer.policy),
+        trainer.policy.embodiment,
+        version,
+        parent,
+        trainer.updater.steps,
+        evaluation,
+    )
+    return version
+
+
+def save_state(trainer: Trainer, config: TrainConfig, start: Path, path: Path) -> None:
+    unfinished = path.with_suffix(".partial")
+    torch.save({"config": asdict(config), "start": str(start), "trainer": trainer.state_dict()}, unfinished)
+    unfinished.replace(path)
+
+
+def load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """Raises ValueError when the state belongs to another configuration."""
+    saved = torch.load(path, weights_only=True)
+    free = {"iterations", "save_every", "threads", "resume"}
+    ours = asdict(config)
+    changed = [key for key in ours if key not in free and ours[key] != saved["config"].get(key)]
+    if changed:
+        raise ValueError(f"{path} was saved with other values of {changed}; use them again or set resume=false")
+    return saved
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

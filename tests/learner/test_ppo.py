@@ -1,0 +1,290 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from learner.demo_dataset import DataConfig, Mixture, open_parts
+from learner.losses import chunk_log_prob
+from learner.normalization import Quantiles
+from learner.policy import ObservationBatch
+from learner.rollouts import collect
+from learner.small_policy import SmallPolicy, SmallPolicyConfig, Statistics
+from learner.train import TrainConfig, Trainer, rollout_metrics
+from learner.twin_eval import run_episodes
+from learner.update import AlgoConfig, Updater, make_optimizer
+from tests.learner.toy_cell import ChunkResult, ToyVectorEnv, Views, tabletop
+from tests.learner.toy_data import write_dataset
+
+SIZE = (24, 32)
+
+
+def tiny_policy(seed=0, **flow):
+    torch.manual_seed(seed)
+    config = SmallPolicyConfig(
+        image_height=SIZE[0], image_width=SIZE[1], conv_channels=8, keypoints=4, width=32, heads=2, layers=2, horizon=6,
+        num_action_chunks=4, jitter=0.0,
+    )  # fmt: skip
+    config.flow = dataclasses.replace(config.flow, num_steps=4, noise_level=0.5, **flow)
+    low = np.array([-0.03, -0.03, -0.03, 0.0, 0.0, 0.0, -1.0])
+    statistics = Statistics(Quantiles(-np.ones(7), np.ones(7)), Quantiles(low, -low))
+    policy = SmallPolicy(config, tabletop(), statistics)
+    with torch.no_grad():  # zero-initialised: would hide a wrong gradient
+        policy.expert.action_out.weight.normal_(std=0.1)
+    return policy
+
+
+def observation(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = {
+        name: torch.randint(0, 255, (n, *SIZE, 3), generator=generator, dtype=torch.uint8)
+        for name in ("third_person", "wrist")
+    }
+    return ObservationBatch(images, torch.randn(n, 7, generator=generator), tabletop().instructions * n)
+
+
+class PushEnv:
+    """Pays for actions that move along +x; episodes end after three chunks, every other one by a time limit."""
+
+    num_envs = 4
+
+    def reset(self, seeds, env_ids=None):
+        self.queries = 0
+        return self._views(len(seeds))
+
+    def _views(self, n):
+        images = {name: np.full((n, *SIZE, 3), 90, np.uint8) for name in ("third_person", "wrist")}
+        return Views(images, np.full((n, 7), 0.1, np.float32))
+
+    def step_chunk(self, actions, env_ids=None):
+        self.queries += 1
+        n, chunk = actions.shape[:2]
+        valid, ended = np.ones((n, chunk), bool), np.zeros((n, chunk), bool)
+        reward = np.clip(actions[..., 0] / 0.03, -2, 2).astype(np.float32)
+        ended[:, -2] = self.queries == 3
+        valid[:, -1] = self.queries != 3
+        odd = np.arange(n)[:, None] % 2 == 1
+        return ChunkResult(
+            observation=self._views(n),
+            reward=reward,
+            terminated=ended & odd,
+            truncated=ended & ~odd,
+            valid=valid,
+            success=(ended & odd).any(1),
+            episode_len=np.full(n, 11),
+            seeds=np.arange(n),
+            lost=np.zeros(n, bool),
+        )
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def demos_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ppo")
+    write_dataset(folder / "stand_in", tabletop(), range(1), domain="stand_in")
+    return folder
+
+
+def demos(folder, policy, seed=0):
+    data = DataConfig(real=[str(folder / "stand_in")], cache=str(folder / "cache"))
+    return Mixture(open_parts(data, policy.embodiment, policy.horizon, SIZE), 4, seed)
+
+
+def roll(policy, seed=0):
+    return collect(PushEnv(), policy, itertools.count(), 4, 0.9, 0.95, torch.Generator().manual_seed(seed))
+
+
+def updater(policy, config, mixture=None):
+    generator = torch.Generator().manual_seed(5)
+    return Updater(policy, make_optimizer(policy, config), config, mixture, generator)
+
+
+@pytest.mark.parametrize("flow", [{}, {"joint": True}, {"method": "flow_cps"}, {"method": "flow_noise", "joint": True}])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scores_of_a_sample_are_those_of_the_rollout(flow, frozen):
+    policy = tiny_policy(**flow)
+    if frozen:
+        policy.freeze_eyes()
+    sample = policy.sample(policy.prepare(observation(6)), torch.Generator().manual_seed(1))
+    scores = policy.scores(sample.prepared, sample.chain, sample.denoise_index)
+    torch.testing.assert_close(scores.log_prob, sample.log_prob, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.value, sample.value, atol=1e-6, rtol=0)
+    rows = torch.tensor([4, 1])
+    part = policy.scores(sample.prepared[rows], sample.chain[rows], sample.denoise_index[rows])
+    torch.testing.assert_close(part.log_prob, sample.log_prob[rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(policy.normalize_action(sample.actions), sample.chain[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_sampled_densities_are_densities():
+    """E_old[p_new / p_old] = 1 for any new policy: holds only if log_prob is the density that sample() draws from."""
+    policy, other = tiny_policy(), tiny_policy()
+    with torch.no_grad():
+        other.expert.action_out.bias += 0.04 * torch.randn(7)
+    prepared = policy.prepare(observation(1))[torch.zeros(3000, dtype=torch.long)]
+    sample = policy.sample(prepared, torch.Generator().manual_seed(2))
+    everything = torch.ones(3000, policy.num_action_chunks, dtype=torch.bool)
+    with torch.no_grad():
+        new = chunk_log_prob(other.scores(prepared, sample.chain, sample.denoise_index).log_prob, everything)
+    ratio = (new - chunk_log_prob(sample.log_prob, everything)).exp()
+    error = ratio.std().item() / len(ratio) ** 0.5
+    assert ratio.std() > 0.1
+    assert abs(ratio.mean().item() - 1) < 4 * error
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(demos_folder):
+    """grad(L_PPO + beta L_SFT) = grad L_PPO + beta grad L_SFT for every parameter, in the step that training takes."""
+    beta, policy = 0.3, tiny_policy()
+    rollouts = roll(policy)
+    config = AlgoConfig(beta=beta, clip_grad=1e9, micro_batch_size=8, batch_size=16, critic_warmup_steps=0)
+    rows = torch.arange(16)
+    learner = updater(policy, config, demos(demos_folder, policy))
+    learner.optimizer.step = lambda: None
+    learner.step(rollouts, rows)
+    combined = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    apart = updater(policy, config, demos(demos_folder, policy))
+    ppo = gradients(policy, apart.rl_loss(rollouts, rows)[0])
+    sft = gradients(policy, (apart.sft_loss() + apart.sft_loss()) / 2)
+    assert combined.keys() == ppo.keys() | sft.keys()
+    assert sum(g.abs().sum() for g in sft.values()) > 0
+    for name, gradient in combined.items():
+        zero = torch.zeros_like(gradient)
+        expected = ppo.get(name, zero) + beta * sft.get(name, zero)
+        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_beta_0_is_ppo_alone_bit_for_bit(demos_folder):
+    config = AlgoConfig(beta=0.0, micro_batch_size=8, batch_size=16, critic_warmup_steps=0)
+    with_demos, alone = tiny_policy(), tiny_policy()
+    metrics = [
+        updater(policy, config, mixture).update(roll(policy))
+        for policy, mixture in ((with_demos, demos(demos_folder, with_demos)), (alone, None))
+    ]
+    assert metrics[0] == metrics[1]
+    for (name, ours), theirs in zip(with_demos.state_dict().items(), alone.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not torch.equal(alone.expert.action_out.weight, tiny_policy().expert.action_out.weight)
+
+
+def test_metrics_add_up_and_micro_batches_do_not_matter(demos_folder):
+    policy = tiny_policy()
+    rollouts = roll(policy)
+    config = AlgoConfig(beta=0.2, micro_batch_size=16, batch_size=16, critic_warmup_steps=0, gradient_report_every=1)
+    (metrics,) = updater(policy, config, demos(demos_folder, policy)).step(rollouts, torch.arange(16))
+    assert metrics["actor/total_loss"] == pytest.approx(metrics["train/ppo_loss"] + 0.2 * metrics["train/sft_loss"])
+    expected = 0.2 * metrics["train/sft_loss"] / abs(metrics["train/ppo_loss"])
+    assert metrics["train/loss_ratio"] == pytest.approx(expected)
+    assert -1 <= metrics["train/grad_cosine"] <= 1
+    assert metrics["train/grad_norm_sft"] > 0
+    whole, parts = tiny_policy(), tiny_policy()
+    for policy, micro in ((whole, 16), (parts, 4)):
+        config = AlgoConfig(beta=0.0, micro_batch_size=micro, batch_size=16, critic_warmup_steps=0, clip_grad=1e9)
+        learner = updater(policy, config)
+        learner.optimizer.step = lambda: None
+        learner.step(rollouts, torch.arange(16))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_critic_warm_up_moves_the_value_head_alone():
+    policy, before = tiny_policy(), tiny_policy()
+    config = AlgoConfig(beta=0.0, critic_warmup_steps=2, batch_size=16, micro_batch_size=16, update_epochs=2)
+    learner = updater(policy, config)
+    learner.update(roll(policy))
+    changed = [n for (n, a), b in zip(policy.named_parameters(), before.parameters(), strict=True) if not a.equal(b)]
+    assert changed
+    assert all(name.startswith("value_head") for name in changed)
+    learner.update(roll(policy))
+    assert not policy.expert.action_out.weight.equal(before.expert.action_out.weight)
+
+
+def test_a_non_finite_loss_is_refused_and_changes_nothing():
+    policy = tiny_policy()
+    rollouts = roll(policy)
+    rollouts.advantages[3] = float("nan")
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    with pytest.raises(ValueError, match="gradient norm nan"):
+        updater(policy, AlgoConfig(beta=0.0, critic_warmup_steps=0)).update(rollouts)
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
+def test_an_update_ends_early_at_the_kl_limit():
+    policy = tiny_policy()
+    config = AlgoConfig(beta=0.0, lr=1e-2, target_kl=1e-3, update_epochs=50, critic_warmup_steps=0, batch_size=16, micro_batch_size=16)  # fmt: skip  # noqa: E501
+    learner = updater(policy, config)
+    assert learner.update(roll(policy))["actor/stopped_early"] == 1.0
+    assert learner.steps < 50
+
+
+def test_rollouts_bootstrap_through_time_limits_only():
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.value_head.mlp[-1].weight.zero_()
+        policy.value_head.mlp[-1].bias.fill_(2.0)
+    rollouts = roll(policy)
+    assert rollouts.num_env_steps == 4 * (4 * 4 - 1)
+    assert [e.success for e in rollouts.episodes] == [False, True, False, True]
+    sample_reward = policy.normalize_action.inverse(rollouts.chain[:, -1])[:, :4, 0] / 0.03
+    paid = (sample_reward.clamp(-2, 2) * rollouts.valid).sum(1).view(4, 4)  # [query, environment]
+    ends = rollouts.returns.view(4, 4)[2]  # the third query: environments 0 and 2 truncated, 1 and 3 terminated
+    torch.testing.assert_close(ends, paid[2] + 0.9 * 2.0 * torch.tensor([1.0, 0.0, 1.0, 0.0]), atol=1e-4, rtol=1e-4)
+    # Nothing of the fourth query, a new episode, flows into the second's advantage beyond the third's.
+    error = paid[1] + 0.9 * 2.0 - 2.0
+    second = error + 0.9 * 0.95 * (ends - 2.0) + 2.0
+    torch.testing.assert_close(rollouts.returns.view(4, 4)[1], second, atol=1e-4, rtol=1e-4)
+    metrics = rollout_metrics(rollouts)
+    assert metrics["env/success_once"] == 0.5
+    assert metrics["env/episode_len"] == 11
+
+
+def test_ppo_earns_more():
+    policy = tiny_policy()
+    policy.freeze_eyes()
+    config = TrainConfig(
+        queries=6, algo=AlgoConfig(beta=0.0, lr=3e-3, critic_warmup_steps=2, gamma=0.5, update_epochs=3)
+    )
+    trainer = Trainer(config, policy, PushEnv(), None)
+    rewards = [trainer.iterate()["env/return"] for _ in range(8)]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 2.0
+
+
+def test_evaluation_gives_every_seed_one_episode():
+    env = ToyVectorEnv(tabletop(), 3, max_steps=9, size=SIZE)
+    episodes, frames = run_episodes(env, tiny_policy(), range(100, 107), record=True)
+    assert [episode.seed for episode in episodes] == list(range(100, 107))
+    assert {episode.length for episode in episodes} == {9}
+    assert len(frames) == 3
+    assert frames[0].shape == (SIZE[0], 2 * SIZE[1], 3)
+
+
+def trainer(folder):
+    policy = tiny_policy()
+    config = TrainConfig(queries=2, algo=AlgoConfig(lr=1e-3, critic_warmup_steps=1, batch_size=4, micro_batch_size=4))
+    return Trainer(config, policy, ToyVectorEnv(tabletop(), 2, max_steps=6, size=SIZE), demos(folder, policy))
+
+
+def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(demos_folder, tmp_path):
+    whole, stopped, resumed = (trainer(demos_folder) for _ in range(3))
+    metrics = [whole.iterate() for _ in range(4)]
+    for _ in range(2):
+        stopped.iterate()
+    torch.save(stopped.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for expected in metrics[2:]:
+        got = resumed.iterate()
+        assert {k: v for k, v in got.items() if "time/" not in k} == {
+            k: v for k, v in expected.items() if "time/" not in k
+        }
+    for (name, ours), theirs in zip(
+        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
