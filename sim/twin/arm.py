@@ -141,10 +141,21 @@ def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -
                 visual = sapien.render.RenderShapeBox(shape.half_size, material)
             else:
                 vertices = np.asarray(shape.vertices) * np.asarray(shape.scale)
-                triangles = np.asarray(shape.triangles)
+                corners, normals = _flat_shaded(vertices, np.asarray(shape.triangles))
+                faces = np.arange(len(corners), dtype=np.uint32).reshape(-1, 3)
                 visual = sapien.render.RenderShapeTriangleMesh(
-                    vertices, triangles, np.zeros((0, 3)), np.zeros((0, 2)), material
+                    corners, faces, normals, np.zeros((len(corners), 2), np.float32), material
                 )
             visual.local_pose = shape.local_pose
             body.attach(visual)
         link.entity.add_component(body)
+
+
+def _flat_shaded(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A triangle soup with one outward normal a face: corners and normals, float32 [3 * triangles, 3]."""
+    corners = vertices[triangles]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
+    outward = np.einsum("ij,ij->i", normals, corners.mean(1) - vertices.mean(0)) > 0
+    corners[~outward], normals[~outward] = corners[~outward][:, ::-1], -normals[~outward]
+    return corners.reshape(-1, 3).astype(np.float32), np.repeat(normals, 3, axis=0).astype(np.float32)

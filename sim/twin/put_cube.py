@@ -27,6 +27,7 @@ from bridge import pose
 from bridge.embodiment import Camera, Embodiment
 from sim.twin.arm import CONTROL_MODE, TwinPanda, use_collision_shapes_as_visuals
 from sim.twin.config import TwinConfig
+from sim.twin.shading import light_shader
 
 LEGACY_RADIUS_M = LEGACY_HEIGHT_M = 0.07
 STILL_M_PER_S = 0.02
@@ -88,7 +89,7 @@ class PutCubeOnPlateEnv(BaseEnv):
             near=0.01,
             far=10.0,
             mount=mount,
-            shader_pack="minimal",
+            shader_config=light_shader(),
         )
 
     def _load_agent(self, options: dict, initial_agent_poses=None, build_separate: bool = False):

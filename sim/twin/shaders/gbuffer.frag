@@ -62,7 +62,7 @@ void main() {
   vec3 light = sceneBuffer.ambientLight.rgb * (0.75 + 0.25 * normal.z);
   for (int i = 0; i < NUM_DIRECTIONAL_LIGHTS; ++i) {
     float lambert = max(dot(normal, -sceneBuffer.directionalLights[i].direction.xyz), 0);
-    light += lambert * sceneBuffer.directionalLights[i].emission.rgb;
+    light += lambert / 3.14159265 * sceneBuffer.directionalLights[i].emission.rgb;
   }
   outColorRaw = vec4(clamp(pow(light * materialBuffer.baseColor.rgb, vec3(1 / 2.2)), 0, 1), 1);
 }
