@@ -17,6 +17,7 @@ from bridge.errors import BridgeError, BridgeTimeout, CorruptData, Refused, Sche
 from bridge.handshake import CallerEnd
 from bridge.keys import Keys
 from bridge.messages import ActionChunk, Observation
+from bridge.pictures import CODINGS, compress
 
 SILENCE_S = 1.0  # of a server that lets requests time out, before it is greeted anew
 ANSWERED_ERRORS = {error.__name__: error for error in (BridgeTimeout, CorruptData, Refused, SchemaMismatch)}
@@ -32,6 +33,7 @@ class Pending:
 
 class PolicyClient:
     """One thread only. Pictures are sent without a copy: leave an observation's arrays unchanged until its answer.
+    picture_coding: `raw` (loopback, gigabit), `jpeg` or the lossless `png` for slower links.
 
     Example:
         client = PolicyClient("tcp://127.0.0.1:5601", embodiment)
@@ -50,11 +52,15 @@ class PolicyClient:
         max_in_flight: int = 2,
         limits: Limits = DEFAULT_LIMITS,
         allow_contract_mismatch: list[str] | None = None,
+        picture_coding: str = "raw",
     ):
+        if picture_coding not in CODINGS:
+            raise ValueError(f"picture_coding {picture_coding!r}: allowed are {', '.join(CODINGS)}")
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight {max_in_flight}: at least 1")
         self.policy_version = -1
         self.max_in_flight = max_in_flight
+        self._picture_coding = picture_coding
         self._period_ns = round(1e9 / embodiment.policy_rate_hz)
         self._pending: dict[int, Pending] = {}
         self._expired: deque[BridgeError] = deque()
@@ -89,6 +95,8 @@ class PolicyClient:
         request, self._next_id = self._next_id, self._next_id + 1
         now_s = time.monotonic()
         body = observation_body(observation) | {"id": request, "budget_s": float(deadline_s)}
+        if self._picture_coding != "raw":
+            body["images"] = {name: compress(image, self._picture_coding) for name, image in body["images"].items()}
         body["sent_ns"] = round(now_s * 1e9)
         self._pending[request] = Pending(encode("infer", body), now_s + deadline_s, now_s)
         self._counts["submitted"] += 1

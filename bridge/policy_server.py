@@ -20,6 +20,7 @@ from bridge.errors import BridgeError, CorruptData
 from bridge.handshake import Caller, ListenerEnd
 from bridge.keys import Keys
 from bridge.messages import Observation
+from bridge.pictures import open_picture
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ class PolicyServer:
         self._counts = dict.fromkeys(names, 0)
         self._batch_sizes: deque[int] = deque(maxlen=1000)
         self._infer_s: deque[float] = deque(maxlen=1000)
-        self._end = ListenerEnd(endpoint, "infer", embodiment, keys=keys, limits=limits, welcome=self._welcome)
+        self._end = ListenerEnd(
+            endpoint, "infer", embodiment, keys=keys, limits=limits, welcome=self._welcome, open_picture=open_picture
+        )
         self.endpoint = self._end.endpoint
 
     def serve_forever(self, stop: threading.Event) -> None:
