@@ -27,7 +27,8 @@ def compress(image: np.ndarray, coding: str, quality: int = JPEG_QUALITY) -> np.
     image = np.ascontiguousarray(image)
     if coding == "jpeg" and (simplejpeg := _library("simplejpeg")):
         return Picture(simplejpeg.encode_jpeg(image, quality=quality, colorspace="RGB"), coding, image.shape)
-    pillow = _pillow()
+    if (pillow := _library("PIL.Image")) is None:
+        raise ValueError("compressed pictures need Pillow: pip install pillow, or send them raw (picture_coding: raw)")
     buffer = io.BytesIO()
     options = {"quality": quality} if coding == "jpeg" else {"compress_level": 1}
     pillow.fromarray(image).save(buffer, format=coding.upper(), **options)
@@ -41,7 +42,8 @@ def open_picture(data: memoryview, coding: str, shape: tuple[int, ...]) -> np.nd
     """
     if coding not in ("jpeg", "png") or len(shape) != 3 or shape[2] != 3:
         raise CorruptData(f"a picture of coding {coding!r:.20} and shape {shape}")
-    pillow = _pillow()
+    if (pillow := _library("PIL.Image")) is None:
+        raise CorruptData("compressed pictures cannot be read here: Pillow is not installed")
     try:
         with pillow.open(io.BytesIO(data), formats=[coding.upper()]) as picture:
             if picture.size != (shape[1], shape[0]) or picture.mode != "RGB":
@@ -59,9 +61,3 @@ def _library(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError:
         return None
-
-
-def _pillow() -> ModuleType:
-    if (pillow := _library("PIL.Image")) is None:
-        raise ValueError("compressed pictures need Pillow: pip install pillow, or send them raw (picture_coding: raw)")
-    return pillow
