@@ -11,12 +11,15 @@ COMMANDS = {
     "up": ("robot.up", "start the nodes of a launch file: cotwin up launch/robot.launch.yaml arg:=value"),
     "record": ("robot.record", "record demonstrations to a LeRobot data set"),
     "eval": ("robot.evaluate", "evaluate a policy server on the robot or the stand-in cell"),
+    "demos": ("bridge.demo_server", "receive demonstrations from robots into a data set"),
     "twin-demos": ("sim.twin.demos", "scripted demonstrations in the twin to a LeRobot data set"),
     "sft": ("learner.sft", "Stage I: supervised training on real and twin demonstrations"),
     "train": ("learner.train", "Stage II: PPO in the twin with an SFT term on real demonstrations"),
     "twin-eval": ("learner.twin_eval", "evaluate a checkpoint in the twin"),
     "serve": ("learner.serve", "policy server: answers observations with action chunks, swaps checkpoints"),
     "push": ("learner.push", "announce a checkpoint bundle and deliver it to policy servers"),
+    "keys": ("bridge.keys_command", "make, show, allow and revoke keys"),
+    "bridge": ("bridge.bridge_command", "look at the bridge live (top) or measure a link (bench)"),
     "report": ("learner.report", "write runs/<name>/report.html from what the stages measured"),
 }
 
