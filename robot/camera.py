@@ -87,6 +87,9 @@ class CameraReader:
 
     def _open(self) -> None:
         config = rs.config()
+        there = [device.get_info(rs.camera_info.serial_number) for device in self._context.devices]
+        if not there or (self.serial and self.serial not in there):  # or the pipeline would wait 15 s for it
+            raise RuntimeError(f"not connected; there are {there}")
         if self.serial:
             config.enable_device(self.serial)
         size = (self.camera.width, self.camera.height)

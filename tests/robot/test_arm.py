@@ -89,7 +89,7 @@ def test_the_arm_holds_without_actions_and_goes_on_with_the_next(arm, cell):
     wait_for(lambda: arm.snapshot().state is State.HOLD, PATIENCE_S, "HOLD")
     assert arm.snapshot().reason == "no action"
     later = arm.snapshot().streamed.T_base_target
-    assert np.allclose(later[:3, 3], expected[:3, 3], atol=1e-6)  # the last delta is not repeated
+    assert np.allclose(later[:3, 3], expected[:3, 3], atol=1e-4)  # the last delta is not repeated
     play(arm, cell, [move(-0.02)])
     assert arm.snapshot().num_actions == 4
 
