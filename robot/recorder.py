@@ -41,12 +41,13 @@ class RecorderConfig:
         default=0.75, metadata={"about": "other cameras: largest distance of a matching picture, in frame periods"}
     )
     max_wait_s: float = field(default=0.2, metadata={"about": "how long a row waits for another camera's picture (s)"})
-    max_silence_s: float = field(default=0.5, metadata={"about": "a stream silent for longer breaks the episode (s)"})
+    max_gap_s: float = field(default=0.5, metadata={"about": "longer without a picture breaks the episode (s)"})
+    max_lag_s: float = field(default=2.0, metadata={"about": "a pose stream later than this breaks the episode (s)"})
     max_backlog_frames: int = field(default=150, metadata={"about": "pictures the encoders may be behind"})
 
     def __post_init__(self):
-        if not 0 < self.max_wait_s < self.max_silence_s:
-            raise ValueError(f"max_wait_s {self.max_wait_s} must lie between 0 and max_silence_s {self.max_silence_s}")
+        if not 0 < self.max_wait_s < self.max_gap_s:
+            raise ValueError(f"max_wait_s {self.max_wait_s} must lie between 0 and max_gap_s {self.max_gap_s}")
 
     @property
     def period_ns(self) -> int:
@@ -169,22 +170,26 @@ class Aligner:
         self._slots.append(_Slot(stamp_ns, picture, repeated=False))
         self._last_picture, self._newest_ns = picture, stamp_ns
 
+    @property
+    def lag_ns(self) -> int:
+        """How far the pictures that came in are behind the samples that came in."""
+        return max(track.newest_ns for track in self._tracks.values()) - self._newest_ns if self._newest_ns >= 0 else 0
+
     def rows(self) -> Iterator[Row]:
         """All rows that are complete. Raises RecordingBroken when the oldest has waited for too long."""
         while len(self._slots) >= 2:
             slot, next_ns = self._slots[0], self._slots[1].stamp_ns
             if missing := self._missing(slot.stamp_ns, next_ns):
-                if self._newest_ns - slot.stamp_ns > self.config.max_silence_s * 1e9:
-                    raise RecordingBroken(f"no {missing} for more than {self.config.max_silence_s} s")
+                if self._newest_ns - slot.stamp_ns > self.config.max_lag_s * 1e9:
+                    raise RecordingBroken(f"no {missing} for more than {self.config.max_lag_s} s")
                 return
             yield from self._emit(next_ns)
 
     def flush(self) -> Iterator[Row]:
         """The rows left at the end, with what is known: after the last sample the target stands still.
         Raises RecordingBroken when pictures had stopped long before."""
-        silence_ns = max(track.newest_ns for track in self._tracks.values()) - self._newest_ns
-        if self._newest_ns >= 0 and silence_ns > self.config.max_silence_s * 1e9:
-            raise RecordingBroken(f"no picture of {self.config.row_camera} for the last {silence_ns / 1e9:.2f} s")
+        if self.lag_ns > self.config.max_gap_s * 1e9:
+            raise RecordingBroken(f"no picture of {self.config.row_camera} for the last {self.lag_ns / 1e9:.2f} s")
         while self._slots:
             following = self._slots[1].stamp_ns if len(self._slots) > 1 else None
             yield from self._emit(following or self._slots[0].stamp_ns + self.config.period_ns)
@@ -193,7 +198,7 @@ class Aligner:
         gap_ns = stamp_ns - self._newest_ns
         self.stats.max_gap_ms = max(self.stats.max_gap_ms, gap_ns / 1e6)
         self.stats.gaps_over_50ms += gap_ns > 50_000_000
-        if gap_ns > self.config.max_silence_s * 1e9:
+        if gap_ns > self.config.max_gap_s * 1e9:
             raise RecordingBroken(f"no picture of {self.config.row_camera} for {gap_ns / 1e9:.2f} s")
         steps = max(1, round(gap_ns / self.config.period_ns))
         for step in range(1, steps):
@@ -226,7 +231,7 @@ class Aligner:
                 repeated = True
                 self.stats.repeated[name] += 1
                 frame = self._shown[name]
-                if now - frame[0] > self.config.max_silence_s * 1e9:
+                if now - frame[0] > self.config.max_gap_s * 1e9:
                     raise RecordingBroken(f"no picture of {name} for {(now - frame[0]) / 1e9:.2f} s")
             self._shown[name] = frame
             images[name] = frame[1]
@@ -300,6 +305,11 @@ class EpisodeRecorder:
             self._write(self.aligner.rows())
         except RecordingBroken as error:
             self._broken = str(error)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether pictures are as new as poses; `save` before that would cut off what is still on its way."""
+        return bool(self._broken) or self.aligner.lag_ns <= 1.5 * self.config.period_ns
 
     def save(self, success: bool) -> tuple[Path, RecordingStats]:
         """Finish the episode. Raises RecordingBroken when it cannot be saved (it is discarded), ValueError when none

@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PoseStamped
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
+from rclpy.serialization import deserialize_message
+from rclpy.task import Future
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import SetBool, Trigger
 
@@ -32,6 +36,9 @@ from robot.recorder import EpisodeRecorder, RecorderConfig
 from robot.spin import run_node
 
 STATUS_PERIOD_S = 0.5
+LOOK_PERIOD_S = 0.05
+CATCH_UP_S = 3.0  # how long `save_episode` waits for pictures that are under way
+QUEUE = 60  # messages of each topic that may wait, two seconds of pictures: a busy machine must not cost a row
 
 
 @dataclass
@@ -49,7 +56,8 @@ class RecorderNodeConfig:
 
 class RecorderNode(Node):
     def __init__(self):
-        super().__init__("recorder_node")
+        # Stamps come with the messages: following /clock would be hundreds of callbacks a second for nothing.
+        super().__init__("recorder_node", parameter_overrides=[Parameter("use_sim_time", value=False)])
         self.embodiment = params.declare_embodiment(self)
         self.config = params.declare(self, RecorderNodeConfig)
         if not self.config.spool_dir:
@@ -70,12 +78,16 @@ class RecorderNode(Node):
         self._subscribe(JointState, "gripper_command", lambda m: track("gripper", _stamp_ns(m), tuple(m.position)))
         self._subscribe(JointState, "teleop/action", lambda m: self.recorder.aligner.teleop(_stamp_ns(m)))
         for camera in self.embodiment.cameras:
-            self._subscribe(Image, f"{camera}/image_raw", lambda m, c=camera: self._on_image(c, m))
+            self._subscribe(Image, f"{camera}/image_raw", lambda m, c=camera: self._on_image(c, m), raw=True)
         self.create_service(Trigger, "start_episode", self._on_start)
-        self.create_service(SetBool, "save_episode", self._on_save)
+        # Of its own group: while it waits for pictures under way, all others must go on.
+        self.create_service(SetBool, "save_episode", self._on_save, callback_group=ReentrantCallbackGroup())
         self.create_service(Trigger, "discard_episode", self._on_discard)
         self._status = self.create_publisher(DiagnosticStatus, "recorder_status", QoSProfile(depth=10))
-        self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=steady)
+        self._caught_up: tuple[Future, float] | None = None  # what `save_episode` waits for, and until when (steady s)
+        self.create_timer(LOOK_PERIOD_S, self._look, clock=steady)
 
     def close(self) -> None:
         if self.recorder.recording:
@@ -99,15 +111,16 @@ class RecorderNode(Node):
         for folder in finished_episodes(self.recordings):
             self._deliver(folder)
 
-    def _subscribe(self, kind: Any, topic: str, callback: Any) -> None:
-        self.create_subscription(kind, topic, callback, QoSProfile(depth=20))
+    def _subscribe(self, kind: Any, topic: str, callback: Any, raw: bool = False) -> None:
+        self.create_subscription(kind, topic, callback, QoSProfile(depth=QUEUE), raw=raw)
 
     def _on_joints(self, message: JointState) -> None:
         if message.name and message.name[-1] == "gripper_opening":
             self.recorder.aligner.sample("opening", _stamp_ns(message), message.position[-1])
 
-    def _on_image(self, camera: str, message: Image) -> None:
-        if self.recorder.recording:
+    def _on_image(self, camera: str, raw: bytes) -> None:
+        if self.recorder.recording:  # between episodes pictures are not even unpacked
+            message = deserialize_message(raw, Image)
             self.recorder.image(camera, _stamp_ns(message), picture_of(message))
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -116,7 +129,11 @@ class RecorderNode(Node):
             self._cpu_s = time.process_time()
         return response
 
-    def _on_save(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+    async def _on_save(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        if self.recorder.recording and self._caught_up is None:
+            ready = Future()
+            self._caught_up = ready, time.monotonic() + CATCH_UP_S
+            await ready
         with self._answering(response):
             folder, stats = self.recorder.save(request.data)
             place = self._deliver(folder)
@@ -129,6 +146,13 @@ class RecorderNode(Node):
         with self._answering(response):
             self.recorder.discard()
         return response
+
+    def _look(self) -> None:
+        if self._caught_up is not None:
+            ready, until_s = self._caught_up
+            if self.recorder.caught_up or time.monotonic() > until_s:
+                self._caught_up = None
+                ready.set_result(None)
 
     def _deliver(self, folder: Path) -> str:
         """Into the data set, or into the sender's spool; where it is safe the recording may go."""
@@ -159,6 +183,7 @@ class RecorderNode(Node):
             "max_gap_ms": round(stats.max_gap_ms, 1),
             "backlog": stats.max_backlog,
             "pending": self.sender.pending() if self.sender is not None else 0,
+            "send_error": (self.sender.stats()["error"] or "") if self.sender is not None else "",
         }
         pairs = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
         level = DiagnosticStatus.ERROR if broken else DiagnosticStatus.OK

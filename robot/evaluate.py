@@ -1,0 +1,187 @@
+"""Evaluate a policy server on the robot or in the stand-in cell: seeded trials, success counted apart from faults.
+
+For each trial: a fresh scene, the arm at home, the policy on, until the task is done for `hold_s` or `trial_s` is over.
+One line of `eval/<label>.jsonl` for each trial: success, times, policy versions, jitter and latency. Trials that are
+there already are not repeated. A fault (of the arm, or a policy that stopped answering) is neither success nor failure
+of the policy: it is counted apart, and its trial is not part of the success rate.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bridge.config import command_line, save
+from bridge.embodiment import Embodiment
+from bridge.errors import RobotFault
+from bridge.run_files import append_line, read_lines, write_stage
+from bridge.statistics import wilson_interval
+from robot.scene import SessionError
+from robot.session import Session, SessionConfig
+
+# What the runtime says of the time since its last start, as JSON in `runtime_status`.
+RUNTIME_FIGURES = ("policy_versions", "tick_jitter_ms", "chunk_latency_ms", "holds", "errors")
+STATUS_DELAY_S = 0.5  # the newest status has come by then
+SLOWEST = 20  # a cell whose seconds take longer than this many of ours has stopped
+
+
+@dataclass
+class EvalConfig:
+    """Keys of `cotwin eval`."""
+
+    name: str = "demo"  # the run: a folder below `runs_dir`
+    runs_dir: str = "runs"
+    label: str = "before"  # names the file and the stage: eval/<label>.jsonl, stages/eval_<label>.json
+    trials: int = 10
+    seed: int = 1000  # of the first trial's scene; each trial takes the next
+    trial_s: float = 12.0  # the robot's seconds
+    hold_s: float = 0.5  # success counts when it lasts for so long
+    policy_endpoint: str = "tcp://127.0.0.1:5601"
+    instruction: str = ""  # empty: the first of the embodiment contract
+    max_faults: int = 5  # more than these end the evaluation
+    embodiment: Embodiment = field(default_factory=Embodiment)
+    session: SessionConfig = field(default_factory=SessionConfig)
+
+    def __post_init__(self):
+        if self.trials < 1:
+            raise ValueError(f"trials {self.trials}: allowed are 1 and more")
+        if not self.label.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"label {self.label!r}: allowed are letters, digits, - and _ (it names files)")
+
+    @property
+    def run(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @property
+    def trials_file(self) -> Path:
+        return self.run / "eval" / f"{self.label}.jsonl"
+
+    @property
+    def video_file(self) -> Path:
+        return self.run / "videos" / f"eval_{self.label}.mp4"
+
+
+def main(argv: list[str]) -> int:
+    config = command_line("eval", EvalConfig, argv, __doc__)
+    save(config, config.run / "config" / f"eval_{config.label}.yaml")
+    started_s = time.monotonic()
+    try:
+        evaluate(config)
+    except (SessionError, RobotFault, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    figures = summarise(read_lines(config.trials_file))
+    files = {"first_trial": config.video_file} if config.video_file.exists() else {}
+    write_stage(config.run, f"eval_{config.label}", time.monotonic() - started_s, figures, files)
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Run the trials that are missing. Raises SessionError when too many end in faults."""
+    known = {trial["seed"] for trial in read_lines(config.trials_file)}
+    missing = [seed for seed in range(config.seed, config.seed + config.trials) if seed not in known]
+    if not missing:
+        return
+    faults = 0
+    args = {"policy_endpoint": config.policy_endpoint, "instruction": config.instruction}
+    needs, log = ["runtime_node/start", "runtime_node/stop"], config.run / "logs" / f"eval_{config.label}_nodes.log"
+    with Session(config.session, config.embodiment, "evaluate", needs, args, log) as session:
+        for seed in tqdm(missing, unit="trial", desc=f"eval {config.label}"):
+            trial = run_trial(session, config, seed)
+            append_line(config.trials_file, trial)
+            faults += bool(trial["fault"])
+            if faults > config.max_faults:
+                raise SessionError(f"{faults} trials ended in faults, the last one: {trial['fault']}")
+
+
+def run_trial(session: Session, config: EvalConfig, seed: int) -> dict[str, Any]:
+    """One trial's line. `tick_jitter_ms` and `chunk_latency_ms` hold every tick and chunk of the trial."""
+    session.prepare(seed)
+    video = None if config.video_file.exists() else session.record_video("third_person", config.video_file)
+    session.call("runtime_node/start")
+    begin_s = session.scene.time_s()
+    fault, success_s = "", None
+    try:
+        success_s = watch(session, config, begin_s)
+    except RobotFault as error:
+        fault = str(error)
+    duration_s = session.scene.time_s() - begin_s
+    session.spin(STATUS_DELAY_S)
+    status = session.status("runtime_status")
+    session.call("runtime_node/stop")
+    if video is not None:
+        video.close()
+    figures = {key: json.loads(status[key]) for key in RUNTIME_FIGURES}
+    if not fault and success_s is None:
+        fault = policy_fault(status, figures)
+    return {
+        "seed": seed,
+        "success": success_s is not None and not fault,
+        "time_to_success_s": success_s,
+        "duration_s": round(duration_s, 3),
+        "fault": fault,
+        **figures,
+    }
+
+
+def policy_fault(status: dict[str, str], figures: dict[str, Any]) -> str:
+    """Why a failed trial says nothing about the policy: it never acted, or had gone silent at the end."""
+    if not figures["policy_versions"]:
+        return f"the policy never acted: {status['reason']}"
+    if status["state"] == "HOLD" and figures["errors"]:
+        return f"the policy went silent: {status['reason']}"
+    return ""
+
+
+def watch(session: Session, config: EvalConfig, begin_s: float) -> float | None:
+    """Seconds until success, None for none in time. Raises RobotFault."""
+    scene = session.scene
+    since_s: float | None = None  # when the success that still lasts began
+
+    def over() -> bool:
+        nonlocal since_s
+        now_s = scene.time_s() - begin_s
+        if not scene.success():
+            since_s = None
+        elif since_s is None:
+            since_s = now_s
+        held = since_s is not None and now_s - since_s >= config.hold_s
+        return held or now_s > config.trial_s or scene.wants_end()
+
+    session.wait(over, SLOWEST * config.trial_s, "the trial's end", session.check_arm, every_s=0.1)
+    end_s = scene.time_s() - begin_s
+    if scene.automatic:
+        return round(since_s, 3) if since_s is not None and end_s - since_s >= config.hold_s else None
+    return round(end_s, 3) if scene.judge() else None
+
+
+def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of all trials. Percentiles are over all their ticks and chunks; faults are not part of the rate."""
+    counted = [trial for trial in trials if not trial["fault"]]
+    successes = sum(trial["success"] for trial in counted)
+    low, high = wilson_interval(successes, len(counted))
+    versions = [version for trial in trials for version in trial["policy_versions"]]
+    figures: dict[str, Any] = {
+        "successes": successes,
+        "trials": len(counted),
+        "success_rate": round(successes / len(counted), 4) if counted else 0.0,
+        "wilson_low": round(low, 4),
+        "wilson_high": round(high, 4),
+        "faults": len(trials) - len(counted),
+        "holds": sum(trial["holds"] for trial in trials),
+    }
+    if versions:
+        figures |= {"policy_version_before": versions[0], "policy_version_after": versions[-1]}
+    if times := [trial["time_to_success_s"] for trial in counted if trial["success"]]:
+        figures["time_to_success_s"] = round(float(np.median(times)), 3)
+    for name in ("chunk_latency", "tick_jitter"):
+        if values := [value for trial in trials for value in trial[f"{name}_ms"]]:
+            p50, p99 = np.percentile(values, [50, 99])
+            figures |= {f"{name}_p50_ms": round(float(p50), 3), f"{name}_p99_ms": round(float(p99), 3)}
+    return figures

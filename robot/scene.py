@@ -1,0 +1,117 @@
+"""Who prepares the scene and judges success: the stand-in cell by itself, or a person beside a real one."""
+
+import select
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class SessionError(RuntimeError):
+    """The session cannot go on: a process died, a node does not answer, or a request was refused. Says which."""
+
+
+class Scene(Protocol):
+    automatic: bool  # nobody is asked
+
+    def reset(self, seed: int) -> None: ...
+
+    def success(self) -> bool | None:
+        """None where only a person can tell, at the end."""
+
+    def judge(self) -> bool:
+        """Whether the episode that ended was a success."""
+
+    def time_s(self) -> float:
+        """Seconds as the robot lives them."""
+
+    def wants_end(self) -> bool:
+        """Whether somebody asked to end the episode."""
+
+    def close(self) -> None: ...
+
+
+class CellScene:
+    """The stand-in cell. `check` is asked first when the cell does not answer: it may know who died."""
+
+    automatic = True
+
+    def __init__(self, endpoint: str, check: Callable[[], None]):
+        from sim.stand_in.client import CellClient  # only where a cell is configured
+
+        self._cell, self._check = CellClient(endpoint), check
+
+    def reset(self, seed: int) -> None:
+        self._ask(self._cell.reset, seed)
+
+    def success(self) -> bool:
+        return bool(self._ask(self._cell.success))
+
+    def judge(self) -> bool:
+        return self.success()
+
+    def time_s(self) -> float:
+        return float(self._ask(self._cell.stats)["time_s"])
+
+    def wants_end(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._cell.close()
+
+    def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        from sim.stand_in.errors import CellGone, ResetRefused
+
+        try:
+            return method(*arguments)
+        except CellGone as error:
+            self._check()
+            raise SessionError(str(error)) from error
+        except ResetRefused as error:
+            raise SessionError(f"the cell refused to reset: {error}") from error
+
+
+class OperatorScene:
+    """A person at the terminal. `check` is called while waiting for an answer and raises when the robot side died."""
+
+    automatic = False
+
+    def __init__(self, check: Callable[[], None]):
+        self._check = check
+
+    def reset(self, seed: int) -> None:
+        self._ask(f"set up scene {seed}, step back, then press Enter: ")
+
+    def success(self) -> None:
+        return None
+
+    def judge(self) -> bool:
+        while (answer := self._ask("was it a success? [y/n] ").lower()) not in ("y", "n"):
+            print(f"{answer!r}: answer y or n")
+        return answer == "y"
+
+    def time_s(self) -> float:
+        return time.monotonic()
+
+    def wants_end(self) -> bool:
+        """Enter ends the episode."""
+        return self._line(0.0) is not None
+
+    def close(self) -> None:
+        pass
+
+    def _ask(self, prompt: str) -> str:
+        while self._line(0.0) is not None:  # what was typed before the question is no answer to it
+            pass
+        print(prompt, end="", flush=True)
+        while (line := self._line(0.1)) is None:
+            self._check()
+        return line.strip()
+
+    def _line(self, timeout_s: float) -> str | None:
+        if not select.select([sys.stdin], [], [], timeout_s)[0]:
+            return None
+        line = sys.stdin.readline()
+        if not line:
+            raise SessionError("standard input ended, and with it the person who sets scenes and judges them")
+        return line
