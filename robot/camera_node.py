@@ -1,7 +1,7 @@
 """ROS node of all cameras of a cell: `<camera>/image_raw` and `<camera>/camera_info`, stamped with the exposure.
 
-Pictures are sent reliably and in order, with room for ten, because a recorder that loses one loses a row; a reader
-that only wants the newest may subscribe with best effort.
+Pictures are sent reliably and in order, with room for two seconds of them (a recorder that loses one loses a row, and
+on a busy machine ten were lost before it woke); a reader that only wants the newest may subscribe with best effort.
 """
 
 import array
@@ -89,7 +89,7 @@ class PicturePublisher:
     """Turns pictures of one camera into messages. Called from the camera's own thread."""
 
     def __init__(self, node: Node, name: str, camera: Camera):
-        qos = QoSProfile(depth=10)
+        qos = QoSProfile(depth=60)
         self._images = node.create_publisher(Image, f"{name}/image_raw", qos)
         self._infos = node.create_publisher(CameraInfo, f"{name}/camera_info", qos)
         frame_id = f"{name}_optical_frame"
