@@ -4,16 +4,20 @@ The prefix never looks at the suffix, so it runs first and hands each layer's ke
 the same depth; that is the same computation as running both side by side, with and without gradient.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from learner.pi0.config import GemmaConfig
-from learner.pi0.layers import Linear, RMSNorm, multi_query_attention, rotary_table, rotate
+from learner.pi0.layers import Linear, RMSNorm, multi_query_attention, rotate
+from learner.pi0.runner import Runner
+from learner.pi0.small_matmul import fits, gated_product, product_parts
+from learner.pi0.suffix_attention import suffix_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, S, head width] each, keys already rotated."""
@@ -31,10 +35,43 @@ class Modulations:
         return Modulations(self.layers[:, index : index + 1], self.final[index : index + 1])
 
 
+class Stream(NamedTuple):
+    """The residual stream x + gate * branch, float32 [B, Q, C]. The sum is left to the next norm, to fuse with it."""
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def joined(self) -> Tensor:
+        if self.branch is None:
+            return self.x
+        branch = self.branch.float()
+        if branch.ndim > self.x.ndim:  # parts of a product (learner/pi0/small_matmul.py), added as they are read
+            branch = functools.reduce(torch.add, branch.unbind(0))
+        return self.x + (branch if self.gate is None else branch * self.gate)
+
+
+class Scene(NamedTuple):
+    """What all layers of a pass share: cos and sin float32 [B, Q, 1, W/2], `bias` added to the attention scores, which
+    keys of the past are real (bool [B, S]), and the dtype of the arithmetic."""
+
+    cos: Tensor
+    sin: Tensor
+    bias: Tensor | None
+    past_valid: Tensor | None
+    dtype: torch.dtype
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether the suffix attends through learner/pi0/suffix_attention.py: on a GPU, without gradient."""
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
 class GemmaLayer(nn.Module):
     def __init__(self, config: GemmaConfig, adaptive: bool):
         super().__init__()
         self.heads, self.head_width = config.heads, config.head_width
+        self.leading_state = False  # pi0's expert: the first token sees no later one
         self.attn_norm = RMSNorm(config.width, adaptive)
         self.qkv = Linear(config.width, (config.heads + 2) * config.head_width, bias=False)
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
@@ -42,33 +79,51 @@ class GemmaLayer(nn.Module):
         self.gate_up = Linear(config.width, 2 * config.mlp_width, bias=False)
         self.down = Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor | None,
-        past: KeysValues | None,
-        modulation: Tensor | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x float32 [B, Q, C], the residual stream -> x, and this layer's own keys and values."""
+    def forward(self, stream: Stream, scene: Scene, past: KeysValues | None, modulation: Tensor | None):
+        """One layer -> the residual stream, and this layer's own keys and values (None on the fused path)."""
         attn_modulation, mlp_modulation = (None, None) if modulation is None else modulation.chunk(2, dim=-1)
+        x = stream.joined()
         h, gate = self.attn_norm(x, attn_modulation)
-        q, k, v = self.queries_keys_values(h.to(dtype), cos, sin)
-        keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
-        mixed = self.out(multi_query_attention(q, keys, values, bias)).float()
-        x = x + mixed if gate is None else x + mixed * gate
+        qkv = self.qkv(h.to(scene.dtype))
+        if past is not None and is_fused(x):
+            fields = (qkv, scene.cos[:, :, 0], scene.sin[:, :, 0], past[0], past[1], scene.past_valid)
+            mixed, own = suffix_attention(*fields, self.heads, self.leading_state), None
+        else:
+            q, k, v = self.rotated(qkv, scene)
+            keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
+            mixed, own = multi_query_attention(q, keys, values, scene.bias), (k, v)
+        small = own is None and self._is_small(x)
+        x = Stream(
+            x, product_parts(mixed, self.out.multiplier(scene.dtype)) if small else self.out(mixed), gate
+        ).joined()
         h, gate = self.mlp_norm(x, mlp_modulation)
-        first, second = self.gate_up(h.to(dtype)).chunk(2, dim=-1)
-        fed = self.down(F.gelu(first, approximate="tanh") * second).float()
-        return x + fed if gate is None else x + fed * gate, k, v
+        h = h.to(scene.dtype)
+        if small:
+            fed = gated_product(h, self.gate_up.multiplier(scene.dtype))
+            return Stream(x, product_parts(fed, self.down.multiplier(scene.dtype)), gate), own
+        first, second = self.gate_up(h).chunk(2, dim=-1)
+        return Stream(x, self.down(F.gelu(first, approximate="tanh") * second), gate), own
 
-    def queries_keys_values(self, h: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether this fused pass of few rows multiplies through learner/pi0/small_matmul.py. Not with adapters."""
+        products = (self.out, self.gate_up, self.down)
+        rows = x.shape[0] * x.shape[1]
+        return all(type(p) is Linear for p in products) and fits(rows, *(p.weight for p in products))
+
+    def keys_values(self, stream: Stream, scene: Scene) -> KeysValues:
+        """All that the expert reads of a last prefix layer."""
+        h, _ = self.attn_norm(stream.joined(), None)
+        return self.rotated(self.qkv(h.to(scene.dtype)), scene)[1:]
+
+    def rotated(self, qkv: Tensor, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
         width = self.head_width
-        q, k, v = self.qkv(h).split([self.heads * width, width, width], dim=-1)
-        q = rotate(q.unflatten(-1, (self.heads, width)), cos, sin)
-        return q, rotate(k[:, :, None], cos, sin)[:, :, 0], v
+        q, k, v = qkv.split([self.heads * width, width, width], dim=-1)
+        q = rotate(q.unflatten(-1, (self.heads, width)), scene.cos, scene.sin)
+        return q, rotate(k[:, :, None], scene.cos, scene.sin)[:, :, 0], v
+
+
+def _finish(norm: RMSNorm, stream: Stream, modulation: Tensor | None) -> Tensor:
+    return norm(stream.joined(), modulation)[0]
 
 
 class GemmaStack(nn.Module):
@@ -78,42 +133,36 @@ class GemmaStack(nn.Module):
         self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, adaptive)
         if adaptive:
-            self.modulate = nn.ModuleList(nn.Linear(config.width, 6 * config.width) for _ in range(config.depth))
+            self.modulate = nn.Linear(config.width, config.depth * 6 * config.width)
             self.modulate_final = nn.Linear(config.width, 3 * config.width)
-        self.run_layer = GemmaLayer.forward
-        self.gradient_checkpointing = False
+        self.run, self.finish = Runner(GemmaLayer.forward), Runner(_finish)
+
+    def compile_layers(self) -> None:
+        self.run.compile()
+        self.finish.compile()
 
     def modulations(self, condition: Tensor) -> Modulations:
         """float32 [B, C] (the embedded time) -> what every norm of the stack needs, in float32."""
-        layers = torch.stack([modulate(condition) for modulate in self.modulate])
-        return Modulations(layers[:, :, None], self.modulate_final(condition)[:, None])
+        layers = self.modulate(condition).view(len(condition), self.config.depth, 1, -1)
+        return Modulations(layers.transpose(0, 1), self.modulate_final(condition)[:, None])
 
     def forward(
         self,
         x: Tensor,
-        position: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
+        scene: Scene,
         past: Sequence[KeysValues] | None = None,
         modulations: Modulations | None = None,
         need_output: bool = True,
     ) -> tuple[Tensor | None, list[KeysValues]]:
-        """x float32 [B, Q, C] at positions [B, Q] -> normed output float32 [B, Q, C] and each layer's keys and values.
+        """x float32 [B, Q, C] -> normed output float32 [B, Q, C] and each layer's keys and values.
 
         Without `need_output` the last layer stops at its keys and values, which is all that the expert reads.
         """
-        cos, sin = rotary_table(position, self.config.head_width)
-        kept: list[KeysValues] = []
+        stream, kept = Stream(x), []
         for depth, layer in enumerate(self.layers):
-            modulation = None if modulations is None else modulations.layers[depth]
             if not need_output and depth == len(self.layers) - 1:
-                h, _ = layer.attn_norm(x, modulation)
-                kept.append(layer.queries_keys_values(h.to(dtype), cos, sin)[1:])
-                return None, kept
-            arguments = (layer, x, cos, sin, bias, None if past is None else past[depth], modulation, dtype)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, k, v = checkpoint(self.run_layer, *arguments, use_reentrant=False)
-            else:
-                x, k, v = self.run_layer(*arguments)
-            kept.append((k, v))
-        return self.norm(x, None if modulations is None else modulations.final)[0], kept
+                return None, [*kept, layer.keys_values(stream, scene)]
+            modulation = None if modulations is None else modulations.layers[depth]
+            stream, own = self.run(layer, stream, scene, None if past is None else past[depth], modulation)
+            kept.append(own)
+        return self.finish(self.norm, stream, None if modulations is None else modulations.final), kept

@@ -23,10 +23,13 @@ class Linear(nn.Linear):
         self.working_version = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        if self.working is not None and self.working.dtype == x.dtype and not torch.is_grad_enabled():
-            return F.linear(x, self.working, bias)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, self.multiplier(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
+
+    def multiplier(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`; without gradient the working copy, if there is one."""
+        if self.working is not None and self.working.dtype == dtype and not torch.is_grad_enabled():
+            return self.working
+        return self.weight.to(dtype)
 
 
 def refresh_working_copies(module: nn.Module, dtype: torch.dtype) -> None:

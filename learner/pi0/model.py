@@ -13,18 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner.pi0.config import ModelConfig
-from learner.pi0.gemma import GemmaStack, KeysValues, Modulations
-from learner.pi0.layers import key_bias, timestep_embedding
+from learner.pi0.gemma import GemmaStack, KeysValues, Modulations, Scene, is_fused
+from learner.pi0.layers import key_bias, rotary_table, timestep_embedding
 from learner.pi0.vision import VisionTower
 
 
 @dataclass
 class Prefix:
-    """What the expert needs of an observation. `output` is the normed last layer, [B, S, C], if it was asked for."""
+    """What the expert needs of an observation. `output` is the normed last layer, [B, S, C], if it was asked for.
+
+    Made for one mode: do not use a prefix with gradient that was first used without.
+    """
 
     keys_values: list[KeysValues]
     valid: Tensor  # bool [B, S]
     output: Tensor | None = None
+    suffix: Scene | None = None  # what every denoising step needs besides, made by the first
 
     @classmethod
     def from_stacked(cls, keys_values: Tensor, valid: Tensor) -> "Prefix":
@@ -53,6 +57,8 @@ class Pi0Model(nn.Module):
         if config.variant == "pi05":
             self.time_in, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
         else:
+            for layer in self.expert.layers:
+                layer.leading_state = True
             self.state_in = nn.Linear(config.state_width, width)
             self.time_in, self.time_out = nn.Linear(2 * width, width), nn.Linear(width, width)
 
@@ -73,9 +79,9 @@ class Pi0Model(nn.Module):
     ) -> Prefix:
         """Every real token attends to every real token. Padding tokens do too, but nobody looks at them."""
         embeddings, valid = self.embed_prefix(images, image_mask, tokens, token_mask)
-        position = valid.cumsum(1) - 1
-        bias = key_bias(valid, self.dtype)[:, None, None]
-        output, keys_values = self.language(embeddings, position, bias, self.dtype, need_output=need_output)
+        cos, sin = rotary_table(valid.cumsum(1) - 1, self.config.language.head_width)
+        scene = Scene(cos, sin, key_bias(valid, self.dtype)[:, None, None], None, self.dtype)
+        output, keys_values = self.language(embeddings, scene, need_output=need_output)
         return Prefix(keys_values, valid, output)
 
     def modulations(self, t: Tensor) -> Modulations | None:
@@ -94,9 +100,9 @@ class Pi0Model(nn.Module):
         suffix = self._embed_suffix(state, x, t)
         if modulations is None:
             modulations = self.modulations(t)
-        position = prefix.valid.sum(1, keepdim=True) + torch.arange(suffix.shape[1], device=x.device)
-        bias = self._suffix_bias(prefix.valid, suffix.shape[1])
-        output, _ = self.expert(suffix, position, bias, self.dtype, prefix.keys_values, modulations)
+        if prefix.suffix is None:
+            prefix.suffix = self._suffix_scene(prefix.valid, fused=is_fused(suffix))
+        output, _ = self.expert(suffix, prefix.suffix, prefix.keys_values, modulations)
         assert output is not None
         features = output[:, -self.config.horizon :]
         return self.action_out(features), features
@@ -110,10 +116,49 @@ class Pi0Model(nn.Module):
         mixed = self.time_out(F.silu(self.time_in(torch.cat([actions, time], dim=-1))))
         return torch.cat([self.state_in(state)[:, None], mixed], dim=1)
 
-    def _suffix_bias(self, prefix_valid: Tensor, queries: int) -> Tensor:
-        """[B, 1, 1 or Q, S + Q]: all see the real prefix and the whole suffix, but pi0's state sees no actions."""
+    def _suffix_scene(self, prefix_valid: Tensor, fused: bool) -> Scene:
+        """Positions go on after the real prefix. All see the real prefix and the whole suffix, but pi0's state sees no
+        actions: bias [B, 1, 1 or Q, S + Q]. The fused kernel knows these rules by itself."""
+        queries = self.config.suffix_tokens
+        position = prefix_valid.sum(1, keepdim=True) + torch.arange(queries, device=prefix_valid.device)
+        cos, sin = rotary_table(position, self.config.expert.head_width)
+        if fused:
+            return Scene(cos, sin, None, prefix_valid, self.dtype)
         valid = torch.cat([prefix_valid, prefix_valid.new_ones(len(prefix_valid), queries)], dim=1)[:, None]
         if self.config.variant == "pi0":
             valid = valid.repeat(1, queries, 1)
             valid[:, 0, prefix_valid.shape[1] + 1 :] = False
-        return key_bias(valid, self.dtype)[:, None]
+        return Scene(cos, sin, key_bias(valid, self.dtype)[:, None], None, self.dtype)
+
+
+class TimeTable:
+    """adaRMS modulations of a whole time grid. A rollout's times never change and these are a quarter of the expert's
+    weights, so they are computed when the weights change, and kept in place (CUDA graphs hold on to them)."""
+
+    def __init__(self):
+        self.versions: list[int] = []
+        self.modulations: Modulations | None = None
+
+    def refresh(self, model: Pi0Model, times: Tensor) -> None:
+        """times [K]."""
+        if model.config.variant != "pi05":
+            return
+        modules = (model.time_in, model.time_out, model.expert.modulate, model.expert.modulate_final)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        versions = [parameter._version for parameter in parameters]
+        if self.modulations is not None and self.modulations.layers.device != times.device:
+            self.modulations = None
+        if versions == self.versions and self.modulations is not None:
+            return
+        fresh = model.modulations(times)
+        assert fresh is not None
+        if self.modulations is None:
+            self.modulations = fresh
+        else:
+            self.modulations.layers.copy_(fresh.layers)
+            self.modulations.final.copy_(fresh.final)
+        self.versions = versions
+
+    def row(self, index: int) -> Modulations | None:
+        """One step's, for any batch; None for pi0."""
+        return None if self.modulations is None else self.modulations.row(index)

@@ -5,7 +5,6 @@ bfloat16 with two cameras); rollouts and every PPO epoch then run the action exp
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +24,13 @@ from learner.flow import (
 from learner.noise import NoiseConfig, NoiseHead
 from learner.pi0.adapters import LoraConfig, add_adapters
 from learner.pi0.config import ModelConfig
-from learner.pi0.gemma import GemmaLayer
 from learner.pi0.graphs import Graphed
 from learner.pi0.inputs import Tokenizer, load_tokenizer, pad_width, prepare_images, prompts, tokenize
-from learner.pi0.layers import refresh_working_copies
-from learner.pi0.model import Pi0Model, Prefix
+from learner.pi0.layers import Linear, refresh_working_copies
+from learner.pi0.model import Pi0Model, Prefix, TimeTable
 from learner.pi0.normalise import Normaliser
 from learner.pi0.prepared import Prepared
 from learner.pi0.rtc import guidance_weights, guided_denoise
-from learner.pi0.vision import VisionLayer
 from learner.policy import ObservationBatch, Sample, Scores, SftBatch
 from learner.value_head import ValueHead, pool_prefix
 
@@ -118,14 +115,26 @@ class Pi0Policy(nn.Module):
             self.register_buffer("noise_level", torch.tensor(config.flow.noise_level), persistent=False)
         add_adapters(self.model, config.lora)
         self._freeze()
-        for stack in (self.model.vision, self.model.language, self.model.expert):
-            stack.gradient_checkpointing = config.gradient_checkpointing
         fast = config.compile and torch.device(device).type == "cuda"
-        if fast:
-            self._compile_layers()
+        for stack in (self.model.vision, self.model.language, self.model.expert):
+            stack.run.gradient_checkpointing = config.gradient_checkpointing
+            if fast:
+                stack.compile_layers()
+        self._tables = {steps: TimeTable() for steps in (config.num_inference_steps, config.flow.num_steps)}
         self._infer_graph = Graphed(self._infer, fast)
         self._prefix_graph = Graphed(self._encode, fast)
         self._sample_graph = Graphed(self._explore, fast)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring what passes without gradient keep of the weights up to date; `prepare`, `infer` and `sample` call it.
+
+        Changes are found by autograd's version counters: optimisers, `copy_` and `load_state_dict` count, a write
+        through `.data` does not.
+        """
+        refresh_working_copies(self.model, self.dtype)
+        for num_steps, table in self._tables.items():
+            table.refresh(self.model, time_grid(num_steps, self.device)[:-1])
 
     # --- the policy interface -------------------------------------------------------------------------------------
 
@@ -134,7 +143,7 @@ class Pi0Policy(nn.Module):
         valid = self._prefix_valid(image_mask, token_mask)
         if not self.config.prefix_is_frozen or self.config.prefix_cache == "recompute":
             return Prepared(state, valid, images=images, image_mask=image_mask, tokens=tokens, token_mask=token_mask)
-        refresh_working_copies(self.model, self.dtype)
+        self.refresh()
         keys_values, pooled = self._prefix_graph(images, image_mask, tokens, token_mask)
         if self.config.prefix_cache == "host":
             keys_values = keys_values.cpu()
@@ -142,7 +151,7 @@ class Pi0Policy(nn.Module):
 
     @torch.no_grad()
     def infer(self, observation: ObservationBatch, generator: torch.Generator | None = None) -> Tensor:
-        refresh_working_copies(self.model, self.dtype)
+        self.refresh()
         inputs = self._inputs(observation)
         noise = draw_noise(self._action_shape(len(observation)), generator, self.device)
         (actions,) = self._infer_graph(*inputs, noise)
@@ -159,7 +168,7 @@ class Pi0Policy(nn.Module):
     ) -> Tensor:
         """Real-time chunking: like `infer`, but continuing `previous` [B, R, 7] (contract units), the not yet executed
         rest of the last chunk, of which `delay` steps will be executed before this one arrives."""
-        refresh_working_copies(self.model, self.dtype)
+        self.refresh()
         rest = min(previous.shape[1], self.horizon)
         weights = guidance_weights(self.horizon, delay, self.horizon - rest)
         target = torch.zeros(self._action_shape(len(observation)), device=self.device)
@@ -181,7 +190,7 @@ class Pi0Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prepared: Prepared, generator: torch.Generator | None = None) -> Sample:
-        refresh_working_copies(self.model, self.dtype)
+        self.refresh()
         batch, flow = len(prepared), self.config.flow
         noise = draw_noise(self._action_shape(batch), generator, self.device)
         index = draw_denoise_index(flow, batch, generator, self.device)
@@ -277,12 +286,9 @@ class Pi0Policy(nn.Module):
         """A whole chunk, from pictures to actions in network units."""
         prefix = self.model.prefix(images, image_mask, tokens, token_mask)
         steps, x = self.config.num_inference_steps, noise
-        # All time steps' modulations in one pass: they are a quarter of the expert's weights.
-        modulations = self.model.modulations(time_grid(steps, x.device)[:-1])
         for k in range(steps):
             t = torch.full((len(x),), 1.0 - k / steps, device=x.device)
-            row = None if modulations is None else modulations.row(k)
-            x = x - self.model.velocity(prefix, state, x, t, row)[0] / steps
+            x = x - self.model.velocity(prefix, state, x, t, self._tables[steps].row(k))[0] / steps
         return (x,)
 
     def _encode(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,12 +335,10 @@ class Pi0Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Chain [B, K+1, H, D], log-probability [B, H, D] and value [B] of stochastic chunks."""
         prefix, flow = Prefix.from_stacked(keys_values, valid), self.config.flow
-        steps = iter(range(flow.num_steps))
-        modulations = self.model.modulations(time_grid(flow.num_steps, noise.device)[:-1])
+        rows = (self._tables[flow.num_steps].row(k) for k in range(flow.num_steps))
 
         def velocity(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            k = next(steps)
-            return self.model.velocity(prefix, state, x, t, None if modulations is None else modulations.row(k))
+            return self.model.velocity(prefix, state, x, t, next(rows))
 
         chain = chain_from_noise(velocity, noise, step_noise, index, flow, self.noise_level, self.noise_head)
         features = chain.features
@@ -357,22 +361,15 @@ class Pi0Policy(nn.Module):
     def _freeze(self) -> None:
         """Frozen weights are kept in the arithmetic's dtype, those that train in float32."""
         model = self.model
-        frozen: list[Any] = []
+        frozen: list[nn.Module] = []
         if self.config.train_expert_only:
             frozen = [model.vision, model.embed, model.language]
         elif self.config.freeze_vision:
             frozen = [model.vision]
         for part in frozen:
             for name, parameter in part.named_parameters():
-                if "lora_" in name:
-                    continue
-                parameter.requires_grad_(False)
-                if parameter.ndim == 2:  # norms and biases are small, and exact in float32
-                    parameter.data = parameter.data.to(self.dtype)
-
-    def _compile_layers(self) -> None:
-        """One compile for each kind of layer and shape, shared by all depths; kept by inductor's cache on disk."""
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        gemma = torch.compile(GemmaLayer.forward, dynamic=False)
-        self.model.vision.run_layer = torch.compile(VisionLayer.forward, dynamic=False)
-        self.model.language.run_layer = self.model.expert.run_layer = gemma
+                if "lora_" not in name:
+                    parameter.requires_grad_(False)
+            for module in part.modules():
+                if isinstance(module, Linear | nn.Embedding):  # norms stay float32: they are small
+                    module.to(self.dtype)

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from learner.pi0.config import VisionConfig
 from learner.pi0.layers import Linear
+from learner.pi0.runner import Runner
 
 
 class VisionLayer(nn.Module):
@@ -20,14 +20,15 @@ class VisionLayer(nn.Module):
         self.up = Linear(config.width, config.mlp_width)
         self.down = Linear(config.mlp_width, config.width)
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x float32 [B, tokens, C], the residual stream."""
+    def forward(self, x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + branch, float32 [B, tokens, C]; the sum is left to the next norm."""
         batch, tokens, width = x.shape
+        x = x if branch is None else x + branch.float()
         q, k, v = self.qkv(self.attn_norm(x).to(dtype)).view(batch, tokens, 3, self.heads, -1).unbind(2)
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width)).float()
         hidden = F.gelu(self.up(self.mlp_norm(x).to(dtype)), approximate="tanh")
-        return x + self.down(hidden).float()
+        return x, self.down(hidden)
 
 
 class VisionTower(nn.Module):
@@ -41,17 +42,18 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.projector = Linear(config.width, out_width)
-        self.run_layer = VisionLayer.forward
-        self.gradient_checkpointing = False
+        self.run = Runner(VisionLayer.forward)
 
     def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         x = self.patch(self._patches(images).to(dtype)).float() + self.position.float()
+        branch = None
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.run_layer, layer, x, dtype, use_reentrant=False)
-            else:
-                x = self.run_layer(layer, x, dtype)
+            x, branch = self.run(layer, x, branch, dtype)
+        x = x if branch is None else x + branch.float()
         return self.projector(self.norm(x).to(dtype))
+
+    def compile_layers(self) -> None:
+        self.run.compile()
 
     def _patches(self, images: Tensor) -> Tensor:
         """[B, 3, size, size] -> [B, tokens, 3 * patch * patch], in the order of a convolution's weight."""

@@ -1,7 +1,7 @@
 """Our parameter names against the released ones (LeRobot's and openpi-PyTorch's, which agree), strict both ways.
 
-We multiply by fused weights (query, key and value in one matrix; gate and up in one; both adaRMS norms of a layer in
-one), so one of ours may be several of theirs, stacked by rows.
+We multiply by fused weights (query, key and value in one matrix; gate and up in one; all adaRMS norms in one), so one
+of ours may be several of theirs, stacked by rows.
 """
 
 from collections.abc import Iterable
@@ -117,6 +117,7 @@ def _vision(config: VisionConfig, root: str) -> dict[str, Pieces]:
 def _gemma(stack: str, config: GemmaConfig, root: str, adaptive: bool) -> dict[str, Pieces]:
     width, attention = config.width, config.heads * config.head_width
     names: dict[str, Pieces] = {}
+    adaptive_norms: dict[str, int] = {}
     for i in range(config.depth):
         ours, theirs = f"{stack}.layers.{i}", f"{root}.layers.{i}"
         rows = {"q_proj": attention, "k_proj": config.head_width, "v_proj": config.head_width}
@@ -127,11 +128,12 @@ def _gemma(stack: str, config: GemmaConfig, root: str, adaptive: bool) -> dict[s
         names |= _linear(f"{ours}.down", {f"{theirs}.mlp.down_proj": width}, config.mlp_width, bias=False)
         norms = (f"{theirs}.input_layernorm", f"{theirs}.post_attention_layernorm")
         if adaptive:
-            names |= _linear(f"{stack}.modulate.{i}", {f"{norm}.dense": 3 * width for norm in norms}, width)
+            adaptive_norms |= {f"{norm}.dense": 3 * width for norm in norms}
         else:
             names[f"{ours}.attn_norm.weight"] = [(f"{norms[0]}.weight", (width,))]
             names[f"{ours}.mlp_norm.weight"] = [(f"{norms[1]}.weight", (width,))]
     if adaptive:
+        names |= _linear(f"{stack}.modulate", adaptive_norms, width)
         return names | _linear(f"{stack}.modulate_final", {f"{root}.norm.dense": 3 * width}, width)
     return names | {f"{stack}.norm.weight": [(f"{root}.norm.weight", (width,))]}
 

@@ -117,6 +117,7 @@ def our_policy(bench: Bench, peer: torch.nn.Module, **options) -> Pi0Policy:
     units = Normaliser("QUANTILES", names)
     policy = Pi0Policy(config, Embodiment(), units, units, device=bench.device)
     load_released(policy.model, peer.state_dict(), (), "the peer")
+    policy.refresh()
     return policy
 
 
