@@ -33,6 +33,7 @@ ENDPOINTS = {"top": "tcp://127.0.0.1:5605", "echo": "tcp://127.0.0.1:5601", "ben
 class BridgeConfig:
     endpoint: str | None = None  # default: the channel's loopback endpoint (docs/architecture.md)
     keys: str | None = None  # key folder; needed unless the endpoint is loopback or ipc
+    peer: str | None = None  # name of the key at the other end, where several are allowed
     refresh_s: float = 1.0  # top
     refreshes: int = 0  # top: stop after so many; 0: until it is interrupted
     calls: int = 200  # bench
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         return 1
     endpoint = config.endpoint or ENDPOINTS[action]
     try:
-        keys = Keys(Path(config.keys).expanduser()) if config.keys else None
+        keys = Keys(Path(config.keys).expanduser(), config.peer) if config.keys else None
         {"top": top, "echo": echo, "bench": bench}[action](endpoint, keys, config)
     except (ValueError, BridgeError) as error:
         print(f"error: {error}", file=sys.stderr)

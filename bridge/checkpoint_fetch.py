@@ -75,7 +75,7 @@ class CheckpointSubscriber:
         self._running = current_version
         self._ready: queue.SimpleQueue[Path | BaseException] = queue.SimpleQueue()
         self._to_confirm: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._confirmed = -1
+        self._confirmed = current_version
         self._sequence = -1
         self._target: CheckpointInfo | None = None
         self._manifest: bytes | None = None

@@ -306,6 +306,7 @@ class DemoReceiver:
         self._counts["offers"] += 1
         if uuid in self._known:
             self._counts["duplicates"] += 1
+            shutil.rmtree(self._incoming / uuid, ignore_errors=True)  # of a kill between storing and clearing up
             self._end.send(caller, "stored", {"uuid": uuid})
             return
         if uuid in self._storing:

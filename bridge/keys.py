@@ -50,9 +50,12 @@ class Peer:
 class Keys:
     """Our key pair and the peers that we accept."""
 
-    def __init__(self, folder: Path):
-        """Raises ValueError when the folder has no identity, or one that others may read."""
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, peer: str | None = None):
+        """`peer` names the allowed key that connections of ours have to find at the other end, where several could be.
+
+        Raises ValueError when the folder has no identity, or one that others may read.
+        """
+        self.folder, self.peer = Path(folder), peer
         path = self.folder / IDENTITY
         if not path.exists():
             raise ValueError(f"{path} does not exist; make a key with `cotwin keys new folder={self.folder}`")
@@ -125,13 +128,14 @@ class Keys:
         write_private(self.folder / ALLOWED, json.dumps([asdict(p) for p in peers], indent=2) + "\n")
 
     def server_key(self, channel: str) -> bytes:
-        """The one allowed key that serves `channel`. Raises ValueError when there is none, or a choice to make."""
-        peers = [p for p in self.allowed.values() if p.role in SERVES[channel]]
+        """The allowed key that serves `channel`. Raises ValueError when there is none, or a choice to make."""
+        peers = [p for p in self.allowed.values() if p.role in SERVES[channel] and self.peer in (None, p.name)]
         if len(peers) != 1:
             found = ", ".join(p.name for p in peers) or "none"
+            wanted = f"{self.peer!r} to be an" if self.peer else "exactly one"
             raise ValueError(
-                f"{self.folder}: the {channel} channel needs exactly one allowed key of role "
-                f"{' or '.join(sorted(SERVES[channel]))}; found {found}. See `cotwin keys show`."
+                f"{self.folder}: the {channel} channel needs {wanted} allowed key of role "
+                f"{' or '.join(sorted(SERVES[channel]))}; found {found}. See `cotwin keys show`; `peer` names one."
             )
         return peers[0].curve_public.encode()
 

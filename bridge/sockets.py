@@ -62,9 +62,10 @@ class Transport:
 
     def connect(self, kind: int, endpoint: str, channel: str, limits: Limits = DEFAULT_LIMITS) -> zmq.Socket:
         """Returns at once; the connection is made, and made again after a failure, in the background."""
+        server_key = self.keys.server_key(channel) if self.keys is not None else None
         socket = self._socket(kind, endpoint, limits)
         if self.keys is not None:
-            socket.curve_serverkey = self.keys.server_key(channel)
+            socket.curve_serverkey = server_key
             socket.curve_publickey, socket.curve_secretkey = self.keys.curve_pair
         try:
             socket.connect(endpoint)

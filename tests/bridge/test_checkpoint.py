@@ -208,6 +208,7 @@ def test_a_late_subscriber_learns_the_current_version(tmp_path):
             assert again.stats()["bytes_fetched"] == 0
         with subscribing(publisher, tmp_path / "to", current_version=4) as running:
             nothing_comes(running)
+            assert publisher.wait_confirmed(4, timeout_s=10)
 
 
 def test_versions_move_forward_unless_it_is_a_rollback(tmp_path):

@@ -122,10 +122,10 @@ def test_revoking_works_on_a_connection_that_exists(people):
 
 def test_telemetry_is_for_those_with_a_key(people):
     publisher = TelemetryPublisher("tcp://127.0.0.1:*", keys=people["server"])
-    people["viewer"].revoke("the-robot")  # one publisher to know
-    viewer = TelemetrySubscriber(publisher.endpoint, keys=people["viewer"])
-    people["stranger"].revoke("the-robot")
-    stranger = TelemetrySubscriber(publisher.endpoint, keys=people["stranger"])
+    with pytest.raises(ValueError, match="found the-robot, the-server"):  # which of the two publishes there?
+        TelemetrySubscriber(publisher.endpoint, keys=people["viewer"])
+    viewer = TelemetrySubscriber(publisher.endpoint, keys=Keys(people["viewer"].folder, peer="the-server"))
+    stranger = TelemetrySubscriber(publisher.endpoint, keys=Keys(people["stranger"].folder, peer="the-server"))
     try:
         heard = []
         until_s = time.monotonic() + 10
