@@ -81,11 +81,11 @@ class RobotServer:
         if not self.link.has_news():
             return
         try:
-            self.link.accept()
             for command, request_id, body in self.link.requests():
                 self._answer(command, request_id, body)
         except ConnectionError:
             self.drop()
+        self.link.accept()
 
     def control(self) -> bool:
         """Follow the client's command for the last state. False: it is still due, do not step yet."""

@@ -58,11 +58,11 @@ class GripperServer:
         if not self.link.has_news():
             return
         try:
-            self.link.accept()
             for command, request_id, body in self.link.requests():
                 self._accept(command, request_id, body)
         except ConnectionError:
             self.drop()
+        self.link.accept()
 
     def control(self) -> None:
         """Move the width's target on, and see whether the goal is reached."""

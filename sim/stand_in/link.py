@@ -7,7 +7,7 @@ import struct
 
 
 class ClientLink:
-    """Listens on (address, port) from the start. One client at a time; others wait until it has gone."""
+    """Listens on (address, port) from the start. One client at a time; others are turned away."""
 
     def __init__(self, address: str, port: int, header: struct.Struct):
         """Raises OSError when the address is in use or is none of this machine's."""
@@ -30,16 +30,21 @@ class ClientLink:
         return bool(self._poll.poll(0))
 
     def accept(self) -> None:
-        """Take the next waiting client, if there is none."""
-        if self._client is None:
-            try:
-                self._client, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            self._client.setblocking(False)
-            self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._poll.unregister(self._listener)
-            self._poll.register(self._client, select.POLLIN)
+        """Take a new client, or hang up on it at once while there is another: left waiting, it would hang for ever.
+
+        Call after `requests`, which notices that the old one has gone.
+        """
+        try:
+            newcomer, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        if self._client is not None:
+            newcomer.close()
+            return
+        newcomer.setblocking(False)
+        newcomer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._poll.register(newcomer, select.POLLIN)
+        self._client = newcomer
 
     def requests(self) -> list[tuple[int, int, bytes]]:
         """(command, id, body) of each complete request. Raises ConnectionError when the client has gone."""
@@ -99,7 +104,6 @@ class ClientLink:
             self._poll.unregister(self._client)
             self._client.close()
             self._client = None
-            self._poll.register(self._listener, select.POLLIN)
         if self.udp is not None:
             self.udp.close()
             self.udp = None

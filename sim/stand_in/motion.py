@@ -149,8 +149,8 @@ class CommandTracker:
         value.delbow_c[0], value.ddelbow_c[0] = value.dq_d[2], value.ddq_d[2]
 
     def _drive(self) -> None:
-        self.world.position_target[:] = self.value.q_d
-        self.world.velocity_target[:] = self.value.dq_d
+        value = self.value
+        self.world.follow(value.q_d, value.dq_d, value.ddq_d)
 
     def begin(self, motion: Motion) -> None:
         """Take up a motion from rest."""

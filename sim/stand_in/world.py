@@ -11,6 +11,8 @@ from sim.stand_in.config import CellConfig
 from sim.stand_in.errors import ResetRefused
 from sim.stand_in.scene import PHYSICS_STEP_S, POSITION_GROUP, TORQUE_GROUP, build_model, set_site
 
+FEEDFORWARD_SHARE = 0.2  # of the newest acceleration, each millisecond: second differences are rough
+
 
 class Drive(Enum):
     POSITION = "position"  # joint position and velocity servos
@@ -31,6 +33,7 @@ class World:
         self.width_target = data.ctrl[21:22]
         self.servo_torque, self.gravity_torque = data.qfrc_actuator[:7], data.qfrc_gravcomp[:7]
         self.contact_torque = data.qfrc_constraint[:7]  # of the surroundings on the joints
+        self._acceleration, self._inertial_force = np.zeros(self.model.nv), np.zeros(self.model.nv)
         self._ee = self.model.site("ee").id
         self.ee_pos_m, self.ee_rot = data.site_xpos[self._ee], data.site_xmat[self._ee].reshape(3, 3)
         self._geoms = {name: self.model.geom(name).id for name in ("cube", "plate", "left_tip", "right_tip")}
@@ -46,6 +49,7 @@ class World:
     # --- motion ------------------------------------------------------------------------------------------------------
 
     def set_drive(self, drive: Drive) -> None:
+        self._acceleration[:] = self.data.qfrc_applied[:7] = 0.0
         self.model.opt.disableactuator = 1 << (TORQUE_GROUP if drive is Drive.POSITION else POSITION_GROUP)
 
     def set_joint_stiffness(self, stiffness_nm: np.ndarray) -> None:
@@ -59,6 +63,13 @@ class World:
     def set_ee(self, T_hand_ee: np.ndarray) -> None:
         """Where the end effector sits on the hand body."""
         set_site(self.model, self._ee, T_hand_ee)
+
+    def follow(self, q_d: np.ndarray, dq_d: np.ndarray, ddq_d: np.ndarray) -> None:
+        """Servo targets, and the torque of the planned acceleration, without which the arm trails by millimetres."""
+        self.position_target[:], self.velocity_target[:] = q_d, dq_d
+        self._acceleration[:7] += FEEDFORWARD_SHARE * (ddq_d - self._acceleration[:7])
+        mujoco.mj_mulM(self.model, self.data, self._inertial_force, self._acceleration)
+        self.data.qfrc_applied[:7] = self._inertial_force[:7]
 
     def step(self) -> None:
         """One millisecond, ending with poses and contacts that belong to the new state."""

@@ -155,27 +155,30 @@ def test_setters_are_refused_in_motion_and_stored_at_rest(robot):
 
 
 def test_streaming_absolute_targets_at_20_hz(timed_cell):
-    """40 mm sine at 0.25 Hz for 4 s: one session, less than a millimetre rms apart from the lag."""
+    """40 mm sine at 0.25 Hz for 4 s: one session, less than a millimetre rms apart from the lag.
+
+    All in simulated time: a loaded machine makes it slow, not wrong.
+    """
     robot = timed_cell.robot()
     robot.move(franky.JointMotion(HOME))
-    T, late_before = tcp(robot), timed_cell.client.stats()["late_answers"]
-    start_s, sent, measured = time.monotonic(), [], []
+    T, begin_s = tcp(robot), robot.state.time.to_sec()
+
+    def wanted_m(at_s: np.ndarray | float) -> np.ndarray | float:
+        return T[1, 3] + 0.04 * np.sin(2 * np.pi * 0.25 * (at_s - begin_s))
+
+    measured = []
     for n in range(80):
         goal = T.copy()
-        goal[1, 3] += 0.04 * np.sin(2 * np.pi * 0.25 * 0.05 * n)
+        goal[1, 3] = wanted_m(robot.state.time.to_sec())
         robot.move(franky.CartesianMotion(franky.Affine(goal), return_when_finished=False), asynchronous=True)
-        sent.append(goal[1, 3])
-        time.sleep(max(0.0, start_s + 0.05 * (n + 1) - time.monotonic()))
-        measured.append((time.monotonic() - start_s, np.array(robot.state.O_T_EE.matrix)[1, 3]))
+        while (state := robot.state).time.to_sec() < begin_s + 0.05 * (n + 1):
+            time.sleep(0.002)
+        measured.append((state.time.to_sec(), state.O_T_EE.matrix[1, 3]))
     assert robot.is_in_control
     robot.move(franky.CartesianStopMotion())
     at_s, y_m = np.array(measured[20:]).T
-    stamps_s = 0.05 * np.arange(80)
-    residuals = [
-        np.sqrt(np.mean((np.interp(at_s - lag_s, stamps_s, sent) - y_m) ** 2)) for lag_s in np.arange(0.02, 0.3, 0.01)
-    ]
-    assert min(residuals) < 1e-3
-    assert timed_cell.client.stats()["late_answers"] - late_before < 20
+    rms_m = [np.sqrt(np.mean((wanted_m(at_s - lag_s) - y_m) ** 2)) for lag_s in np.arange(0.02, 0.3, 0.005)]
+    assert min(rms_m) < 1e-3
 
 
 def test_a_short_pause_is_waited_out_and_a_long_one_is_a_lost_link(timed_cell):
@@ -209,6 +212,12 @@ def test_a_killed_cell_is_a_network_error_and_cell_gone():
     with CellClient(doomed.client.endpoint, timeout_s=0.2) as client, pytest.raises(CellGone, match="is it running"):
         client.poses()
     doomed.client.close()
+
+
+def test_a_second_client_is_turned_away(robot, cell):
+    with pytest.raises(franky.NetworkException):
+        franky.Robot(cell.address, realtime_config=franky.RealtimeConfig.Ignore)
+    robot.move(franky.JointMotion(HOME))
 
 
 def test_ports_of_a_running_cell_are_refused(cell):
