@@ -42,6 +42,7 @@ class Rows:
     step_action: np.ndarray
     step_known: np.ndarray
     goal_m: np.ndarray
+    gripper: np.ndarray  # float32 [N], commands
     task: np.ndarray  # int64 [N]
     episode_end: np.ndarray  # int64 [N], one past the last row of the row's episode
 
@@ -56,8 +57,10 @@ class DemoDataset:
         horizon: int,
         size: tuple[int, int],
         cache: Path,
+        hold_steps: int = 0,
         allow_contract_mismatch: list[str] | None = None,
     ):
+        self.hold_steps = hold_steps
         self.root, self.embodiment, self.horizon, self.size = Path(root), embodiment, horizon, size
         info = _read_info(self.root)
         contract = Embodiment.load(self.root / "meta/contract.json")
@@ -76,11 +79,14 @@ class DemoDataset:
 
     def batch(self, rows: np.ndarray) -> SftBatch:
         """Demonstrations that start at these rows (int64 [B])."""
+        end = self.rows.episode_end[rows][:, None]
         steps = rows[:, None] + self.rows_per_step * np.arange(self.horizon)
-        inside = steps < self.rows.episode_end[rows][:, None]
-        steps = np.minimum(steps, len(self) - 1)
-        actions = self.rows.step_action[steps]
-        is_pad = ~(inside & self.rows.step_known[steps])
+        known = (steps < end) & self.rows.step_known[np.minimum(steps, end - 1)]
+        # After the end the target is held, as the executor does when a chunk runs out.
+        hold = np.zeros((len(rows), 1, 7), np.float32)
+        hold[:, 0, 6] = self.rows.gripper[end[:, 0] - 1]
+        actions = np.where(known[..., None], self.rows.step_action[np.minimum(steps, end - 1)], hold)
+        is_pad = np.cumsum(~known, axis=1) > self.hold_steps
         images = {name: torch.from_numpy(pictures.take(rows)) for name, pictures in self._pictures.items()}
         instructions = [self.instructions[task] for task in self.rows.task[rows]]
         observation = ObservationBatch(images, torch.from_numpy(self.rows.state[rows]), instructions)
@@ -101,7 +107,8 @@ class DemoDataset:
             step_known[first : first + len(composed)] = True
             goal_m[first:end] = next_gripper_event_m(state[first:end], action[first:end, 6])
             episode_end[first:end] = end
-        return Rows(state, step_action, step_known, goal_m, table["task_index"].to_numpy(), episode_end)
+        task = table["task_index"].to_numpy()
+        return Rows(state, step_action, step_known, goal_m, action[:, 6], task, episode_end)
 
     def _open_pictures(self, camera: str, episodes: pd.DataFrame, info: dict[str, Any], cache: Path) -> "Pictures":
         key = image_key(camera)
@@ -264,6 +271,7 @@ class DataConfig:
     sim: list[str] = field(default_factory=list)  # data set folders from the twin
     real: list[str] = field(default_factory=list)  # from the robot (or its stand-in)
     alpha: float = 0.5  # share of `sim` in every batch, where both exist: L = alpha L_sim + (1 - alpha) L_real
+    hold_steps: int = 4  # policy steps after an episode's end that teach to hold; the rest of a chunk is masked
     cache: str = ""  # decoded pictures; empty: beside the data sets
     allow_contract_mismatch: list[str] = field(default_factory=list)
 
@@ -285,6 +293,7 @@ def open_parts(config: DataConfig, embodiment: Embodiment, horizon: int, size: t
                 horizon,
                 size,
                 Path(config.cache or Path(folder).parent / "cache"),
+                config.hold_steps,
                 config.allow_contract_mismatch,
             )
             for folder in folders

@@ -101,7 +101,17 @@ def test_another_contract_is_refused(folder):
     other = dataclasses.replace(tabletop(), gripper_open_m=0.07)
     with pytest.raises(SchemaMismatch, match=r"gripper_open_m.*0\.07.*0\.08"):
         DemoDataset(folder / "twin", other, HORIZON, SIZE, folder / "cache")
-    DemoDataset(folder / "twin", other, HORIZON, SIZE, folder / "cache", ["gripper_open_m"])
+    DemoDataset(folder / "twin", other, HORIZON, SIZE, folder / "cache", allow_contract_mismatch=["gripper_open_m"])
+
+
+def test_the_end_is_held_for_a_few_steps_and_then_masked(folder):
+    data = DemoDataset(folder / "stand_in", tabletop(), HORIZON, SIZE, folder / "cache", hold_steps=2)
+    end = int(data.rows.episode_end[0])
+    batch = data.batch(np.array([end - 5]))  # one whole step (three rows) is left
+    assert batch.is_pad[0].tolist() == [False, False, False, True, True, True]
+    gripper = data.rows.gripper[end - 1]
+    np.testing.assert_array_equal(batch.actions[0, 1:], [[0, 0, 0, 0, 0, 0, gripper]] * (HORIZON - 1))
+    np.testing.assert_array_equal(batch.actions[0, 0], data.rows.step_action[end - 5])
 
 
 def test_what_is_no_data_set_is_named(tmp_path, folder):
