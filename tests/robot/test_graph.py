@@ -1,0 +1,222 @@
+"""The whole robot side as processes: stand-in cell, cameras, arm and runtime, with a policy server that dies."""
+
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import rclpy
+from diagnostic_msgs.msg import DiagnosticStatus
+from geometry_msgs.msg import PoseStamped
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import CameraInfo, Image, JointState
+from std_srvs.srv import Trigger
+
+from bridge.pose import ACTION_NAMES
+from robot.launch_file import ROOT
+from robot.up import Graph
+from tests.robot.cell import loopback
+
+PATIENCE_S = 60.0
+UP_AND_DOWN = """
+import sys, threading
+import numpy as np
+from bridge.policy_server import PolicyServer
+from robot.params import load_embodiment
+
+def infer(observations):
+    up = [0.004 if o.state[2] < 0.35 else -0.004 for o in observations]
+    actions = np.zeros((len(up), 8, 7), np.float32)
+    actions[:, :, 2], actions[:, :, 6] = np.array(up)[:, None], 1.0
+    return actions, 3
+
+PolicyServer(sys.argv[1], load_embodiment("fr3_tabletop"), infer, max_batch=1).serve_forever(threading.Event())
+"""
+
+
+class Probe:
+    """Listens to everything, and pulls the levers."""
+
+    def __init__(self, domain: int, graph: Graph):
+        self.graph = graph
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=domain, signal_handler_options=SignalHandlerOptions.NO)
+        self.node = Node("probe", context=self.context, enable_rosout=False)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.status, self.stamps, self.target_z, self.last = {}, {}, [], {}
+        for topic in ("safety_state", "runtime_status"):
+            self.node.create_subscription(DiagnosticStatus, topic, lambda m, t=topic: self._on_status(t, m), 10)
+        for camera in ("third_person", "wrist"):
+            topics = ((Image, f"{camera}/image_raw"), (CameraInfo, f"{camera}/camera_info"))
+            for kind, topic in topics:
+                self.node.create_subscription(
+                    kind, topic, lambda m, t=topic: self._on_stamped(t, m), QoSProfile(depth=10)
+                )
+        for kind, topic in ((PoseStamped, "target_pose"), (JointState, "joint_states"), (JointState, "action")):
+            self.node.create_subscription(kind, topic, lambda m, t=topic: self._on_stamped(t, m), 50)
+        self.teleop = self.node.create_publisher(JointState, "teleop/action", 10)
+
+    def close(self):
+        self.executor.shutdown()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+    def _on_status(self, topic, message):
+        self.status[topic] = {pair.key: pair.value for pair in message.values}
+
+    def _on_stamped(self, topic, message):
+        stamp = message.header.stamp
+        self.stamps.setdefault(topic, []).append(stamp.sec + stamp.nanosec * 1e-9)
+        self.last[topic] = message
+
+    def state(self, topic="safety_state"):
+        return self.status.get(topic, {}).get("state", "")
+
+    def target_m(self):
+        p = self.last["target_pose"].pose.position
+        return np.array([p.x, p.y, p.z])
+
+    def wait(self, condition, what, timeout_s=PATIENCE_S):
+        until_s = time.monotonic() + timeout_s
+        while not condition():
+            assert not self.graph.ended(), self.graph.ended()
+            assert time.monotonic() < until_s, f"{what}: not within {timeout_s} s; {self.status}"
+            self.executor.spin_once(timeout_sec=0.05)
+
+    def spin(self, duration_s):
+        until_s = time.monotonic() + duration_s
+        while time.monotonic() < until_s:
+            self.executor.spin_once(timeout_sec=0.05)
+
+    def call(self, service):
+        client = self.node.create_client(Trigger, service)
+        self.wait(client.service_is_ready, service)
+        future = client.call_async(Trigger.Request())
+        self.wait(future.done, f"an answer of {service}")
+        return future.result()
+
+    def send_teleop(self, *action):
+        self.teleop.publish(JointState(name=list(ACTION_NAMES), position=list(map(float, action))))
+
+
+@pytest.fixture(scope="module")
+def endpoints():
+    port = random.randint(20_000, 50_000)
+    return [f"tcp://127.0.0.1:{port + n}" for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def probe(endpoints):
+    domain = random.randint(1, 100)
+    os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(domain), "LOCALHOST"
+    control, frames, policy = endpoints
+    args = {"host": loopback(), "cell_control": control, "cell_frames": frames, "policy_endpoint": policy}
+    with Graph("launch/cell.launch.yaml", args, io.StringIO()) as graph:
+        probe = Probe(domain, graph)
+        probe.wait(lambda: probe.state() == "IDLE" and probe.state("runtime_status"), "the graph's start")
+        yield probe
+        probe.close()
+
+
+@pytest.fixture
+def policy_server(endpoints):
+    running = []
+
+    def start():
+        running.append(subprocess.Popen([sys.executable, "-c", UP_AND_DOWN, endpoints[2]], cwd=ROOT))
+        return running[-1]
+
+    yield start
+    for child in running:
+        child.kill()
+        child.wait()
+
+
+def test_pictures_and_states_arrive_complete_and_evenly_stamped(probe):
+    assert probe.call("home").success
+    probe.stamps.clear()
+    probe.wait(lambda: len(probe.stamps.get("wrist/image_raw", [])) >= 40, "40 pictures")
+    for camera in ("third_person", "wrist"):
+        gaps_s = np.diff(probe.stamps[f"{camera}/image_raw"])
+        assert np.all(np.abs(gaps_s - 1 / 30) < 2e-3), gaps_s  # none lost, none twice
+    image, info = probe.last["wrist/image_raw"], probe.last["wrist/camera_info"]
+    assert (image.encoding, image.width, image.height, len(image.data)) == ("rgb8", 640, 480, 640 * 480 * 3)
+    assert np.asarray(image.data).std() > 5  # something is to be seen
+    assert info.k[0] == 462.0
+    assert image.header.frame_id == "wrist_optical_frame"
+    assert np.all(np.diff(probe.stamps["joint_states"]) > 0)
+    joints = probe.last["joint_states"]
+    assert joints.name[-1] == "gripper_opening"
+    assert len(joints.position) == 8
+
+
+def test_a_hand_at_the_device_moves_the_target_by_exactly_what_it_says(probe):
+    probe.call("home")
+    probe.spin(0.5)
+    before = probe.target_m()
+    for _ in range(5):
+        probe.send_teleop(0.01, 0.004, 0, 0, 0, 0, 1)
+        probe.spin(0.12)
+    probe.spin(1.0)
+    assert probe.target_m() - before == pytest.approx([0.05, 0.02, 0.0], abs=1e-3)
+    assert probe.last["action"].header.frame_id == "teleop"
+    probe.wait(lambda: probe.state() == "HOLD", "HOLD")
+
+
+def test_a_killed_policy_server_means_hold_and_its_return_means_motion(probe, policy_server):
+    server = policy_server()
+    probe.call("home")
+    assert probe.call("runtime_node/start").success
+    probe.wait(lambda: probe.state("runtime_status") == "RUNNING", "the policy's start")
+    probe.wait(lambda: probe.last["action"].header.frame_id == "policy", "the first action")
+    z = probe.target_m()[2]
+    probe.wait(lambda: abs(probe.target_m()[2] - z) > 0.01, "motion")
+    server.kill()
+    probe.wait(lambda: probe.state("runtime_status") == "HOLD", "HOLD of the runtime")
+    probe.wait(lambda: probe.state() == "HOLD", "HOLD of the arm")
+    held = probe.target_m()
+    probe.spin(1.0)
+    assert np.allclose(probe.target_m(), held, atol=1e-6)
+    assert "BridgeTimeout" in probe.status["runtime_status"]["reason"]
+    policy_server()
+    probe.wait(lambda: probe.state("runtime_status") == "RUNNING", "going on")
+    probe.wait(lambda: not np.allclose(probe.target_m(), held, atol=0.005), "motion")
+    assert probe.status["runtime_status"]["policy_versions"] == "[3]"
+    assert probe.call("runtime_node/stop").success
+    probe.wait(lambda: probe.state("runtime_status") == "IDLE", "the stop")
+
+
+def test_stop_latches_and_the_policy_does_not_start_by_itself_again(probe, policy_server):
+    policy_server()
+    probe.call("home")
+    probe.call("runtime_node/start")
+    probe.wait(lambda: probe.state() == "RUNNING", "motion")
+    assert probe.call("stop").success
+    probe.wait(lambda: probe.state() == "FAULT", "FAULT")
+    assert not probe.call("home").success
+    assert not probe.call("runtime_node/start").success
+    assert probe.call("acknowledge").success
+    probe.wait(lambda: probe.state() == "IDLE", "IDLE")
+    held = probe.target_m()
+    probe.spin(1.0)
+    assert np.allclose(probe.target_m(), held, atol=1e-3)
+    assert probe.state("runtime_status") == "IDLE"
+
+
+def test_a_killed_cell_ends_the_graph_with_its_name(probe):
+    """Last in this file: the graph is gone afterwards."""
+    os.kill(probe.graph.pid("cell"), signal.SIGKILL)
+    assert probe.graph.wait() == ("cell", -signal.SIGKILL)
+    began_s = time.monotonic()
+    probe.graph.stop()
+    assert time.monotonic() - began_s < 15.0
+    assert set(probe.graph.ended()) == {"cell", "camera_node", "arm_node", "runtime_node"}
