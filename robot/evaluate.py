@@ -105,6 +105,7 @@ def run_trial(session: Session, config: EvalConfig, seed: int) -> dict[str, Any]
     session.prepare(seed)
     video = None if config.video_file.exists() else session.record_video("third_person", config.video_file)
     session.call("runtime_node/start")
+    tqdm.write(f"scene {seed}: policy on")
     begin_s = session.scene.time_s()
     fault, success_s = "", None
     try:
@@ -162,8 +163,11 @@ def watch(session: Session, config: EvalConfig, begin_s: float) -> float | None:
 
 
 def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of all trials. Percentiles are over all their ticks and chunks; faults are not part of the rate."""
-    counted = [trial for trial in trials if not trial["fault"]]
+    """Figures of all trials. Percentiles are over all their ticks and chunks. The rate is of the newest policy version:
+    faults are not part of it, nor are trials in which (or before which) the checkpoint was swapped."""
+    newest = max((version for trial in trials for version in trial["policy_versions"]), default=None)
+    handovers = [trial for trial in trials if not trial["fault"] and set(trial["policy_versions"]) - {newest}]
+    counted = [trial for trial in trials if not trial["fault"] and trial not in handovers]
     successes = sum(trial["success"] for trial in counted)
     low, high = wilson_interval(successes, len(counted))
     versions = [version for trial in trials for version in trial["policy_versions"]]
@@ -173,7 +177,8 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
         "success_rate": round(successes / len(counted), 4) if counted else 0.0,
         "wilson_low": round(low, 4),
         "wilson_high": round(high, 4),
-        "faults": len(trials) - len(counted),
+        "faults": sum(bool(trial["fault"]) for trial in trials),
+        "handover_trials": len(handovers),
         "holds": sum(trial["holds"] for trial in trials),
     }
     if versions:
