@@ -52,7 +52,7 @@ def read(path: Path, segment: str = "world") -> GaussianCloud:
     if unknown := sorted(present - set(needed) - set(NORMALS)):
         raise ValueError(f"{path} has properties that no Gaussian has: {unknown}. Export it as standard 3DGS")
     table = np.stack([vertices[name] for name in needed], axis=1, dtype=np.float32, casting="same_kind")
-    if bad := [name for name, ok in zip(needed, np.isfinite(table).all(axis=0), strict=True) if not ok]:
+    if bad := [name for name, column in zip(needed, table.T, strict=True) if not np.isfinite(column).all()]:
         raise ValueError(f"{path} holds non-finite numbers in {bad}")
     if len(table) and not table[:, -4:].any(axis=1).all():
         raise ValueError(f"{path} holds rotations that are all zero")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridge.embodiment import Camera
 from sim.splat import composite, scene
 from sim.splat.cloud import GaussianCloud
 from sim.splat.render import BACKENDS, Cameras, RenderOutput, render, to_uint8
@@ -148,6 +149,26 @@ class SplatRenderer:
                 picture = torch.nn.functional.interpolate(channels, (height, width), mode="area")[0].permute(1, 2, 0)
             self._backgrounds[size] = picture.to(self.device)
         return self._backgrounds[size]
+
+
+def contract_cameras(
+    cameras: Mapping[str, Camera], width: int, height: int, T_base_tcp: Tensor
+) -> tuple[Cameras, list[bool]]:
+    """The contract's cameras, sorted by name, at another picture size, and which of them never move.
+
+    `T_base_tcp` [N, 4, 4]; the world is the robot's base. A pixel's corners keep their rays when pictures shrink.
+    """
+    K, T = [], []
+    for _, camera in sorted(cameras.items()):
+        scale = torch.tensor([[width / camera.width], [height / camera.height], [1.0]], dtype=torch.float64)
+        half = torch.tensor([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]], dtype=torch.float64)
+        K.append((torch.from_numpy(camera.intrinsics) + half) * scale - half)
+        T_mount_cam = torch.from_numpy(camera.matrix).to(T_base_tcp.device)
+        mount = T_base_tcp.double() if camera.mount == "tcp" else torch.eye(4).to(T_mount_cam).expand_as(T_base_tcp)
+        T.append(mount @ T_mount_cam)
+    poses = torch.stack(T, dim=1)
+    intrinsics = torch.stack(K).to(poses).expand(len(poses), len(K), 3, 3)
+    return Cameras(intrinsics, poses, width, height), [c.mount == "base" for _, c in sorted(cameras.items())]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from sim.splat import harmonics
-from sim.splat.cloud import GaussianCloud, quat_wxyz_from_matrix
+from sim.splat.cloud import GaussianCloud, matrix_from_quat_wxyz, quat_wxyz_from_matrix
 
 OPACITY_LOGIT = 4.0  # 0.982
 SPREAD = 0.7  # standard deviation of a Gaussian along the surface, in mean distances between neighbours
@@ -18,10 +19,11 @@ THINNESS = 0.1  # standard deviation across the surface, relative to along it
 PLASTIC = 1.32471795724475  # its powers spread points in the plane most evenly (R2 sequence)
 
 
-def triangles(corners_m: np.ndarray, num: int, colour: np.ndarray, segment: str = "world") -> GaussianCloud:
+def triangles(corners_m: np.ndarray, num: int, colour: ArrayLike, segment: str = "world") -> GaussianCloud:
     """`num` Gaussians over triangles `corners_m` [F, 3, 3], as many to each as its area asks for.
 
-    `colour` [3], or [F, 3, 3]: one for each corner. Raises ValueError for no area.
+    `colour` [3], or [F, 3, 3]: one for each corner. The third axis of each Gaussian is its triangle's normal. Raises
+    ValueError for no area.
     """
     corners = np.asarray(corners_m, dtype=np.float64).reshape(-1, 3, 3)
     edge_1, edge_2 = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
@@ -52,20 +54,21 @@ def triangles(corners_m: np.ndarray, num: int, colour: np.ndarray, segment: str 
     )
 
 
-def mesh(vertices_m: np.ndarray, faces: np.ndarray, num: int, colour: np.ndarray, segment: str) -> GaussianCloud:
+def mesh(vertices_m: np.ndarray, faces: np.ndarray, num: int, colour: ArrayLike, segment: str) -> GaussianCloud:
     """`num` Gaussians on a triangle mesh: vertices [V, 3], faces [F, 3]; colour [3], or one for each vertex [V, 3]."""
     colour = np.asarray(colour)
     return triangles(np.asarray(vertices_m)[faces], num, colour[faces] if colour.ndim == 2 else colour, segment)
 
 
-def box(size_m: tuple[float, float, float], num: int, colour: np.ndarray, segment: str) -> GaussianCloud:
+def box(size_m: tuple[float, float, float], num: int, colour: ArrayLike, segment: str) -> GaussianCloud:
     """The six faces of a box about the origin."""
     unit = np.array([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]]) / 2
-    faces = [np.roll(unit * [1, 1, sign], axis, axis=1) * size_m for axis in range(3) for sign in (-1, 1)]
+    sides = [unit, unit[::-1] * [1, 1, -1]]  # corners counter-clockwise seen from outside
+    faces = [np.roll(side, axis, axis=1) * size_m for axis in range(3) for side in sides]
     return triangles(np.stack([face[[i, i + 1, (i + 2) % 4]] for face in faces for i in (0, 2)]), num, colour, segment)
 
 
-def cylinder(radius_m: float, length_m: float, num: int, colour: np.ndarray, segment: str) -> GaussianCloud:
+def cylinder(radius_m: float, length_m: float, num: int, colour: ArrayLike, segment: str) -> GaussianCloud:
     """Wall and both ends of a cylinder about the z axis, centred on the origin (32 sides)."""
     angle = np.linspace(0, 2 * np.pi, 33)
     ring = np.stack([radius_m * np.cos(angle), radius_m * np.sin(angle), 0 * angle], axis=1)
@@ -88,3 +91,12 @@ def with_sheen(cloud: GaussianCloud, degree: int, strength: float, seed: int) ->
     num = harmonics.num_coefficients(degree)
     noise = torch.randn(len(cloud), num - 1, 3, generator=torch.Generator().manual_seed(seed))
     return replace(cloud, sh=torch.cat([cloud.sh[:, :1], strength * noise.to(cloud.device)], dim=1))
+
+
+def shaded(cloud: GaussianCloud, to_light: ArrayLike, ambient: float) -> GaussianCloud:
+    """Colours as a matt surface has them under one light from direction `to_light` (segment frame), like a scan's."""
+    direction = torch.nn.functional.normalize(torch.as_tensor(to_light, dtype=torch.float32), dim=0)
+    normals = matrix_from_quat_wxyz(cloud.quats_wxyz)[:, :, 2]
+    light = ambient + (1 - ambient) * (normals @ direction).clamp_min(0)
+    rgb = harmonics.colours(cloud.sh[:, :1], normals) * light[:, None]
+    return replace(cloud, sh=torch.cat([flat_colour(rgb), cloud.sh[:, 1:]], dim=1))

@@ -267,7 +267,9 @@ def pictures(bench: Bench) -> None:
     on_device = Cameras(cameras.K.to(bench.device), cameras.T_world_cam.to(bench.device), *_size(cameras))
     fast = render(small.to(bench.device), T, on_device, background=torch.tensor(GREY), segments=True)
     worst = min(psnr_db(fast.rgb[n], reference.rgb[n]) for n in range(4))
-    same = float((fast.segment.cpu() == reference.segment).float().mean())
+    assert fast.segment is not None
+    assert reference.segment is not None
+    same = float(torch.eq(fast.segment.cpu(), reference.segment).float().mean())
     both = fast.depth_m.cpu().isfinite() & reference.depth_m.isfinite()
     depth_error_m = float((fast.depth_m.cpu()[both] - reference.depth_m[both]).abs().quantile(0.999))
     more = {"segment_agreement": same, "depth_error_m_p999": depth_error_m}

@@ -8,7 +8,7 @@ import torch
 from bridge.pose import matrix_from_rpy
 from sim.splat import sample
 from sim.splat.cloud import GaussianCloud, merge
-from sim.splat.render import Cameras
+from sim.splat.render import Cameras, RenderOutput
 
 SEGMENTS = ("table", "arm", "cube")
 
@@ -17,6 +17,11 @@ def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
     """Of pictures in [0, 1]; inf when equal."""
     error = float(((a.double() - b.double()) ** 2).mean())
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def mask(output: RenderOutput) -> torch.Tensor:
+    assert output.segment is not None
+    return output.segment
 
 
 def rigid(xyz_m, rpy_rad) -> torch.Tensor:

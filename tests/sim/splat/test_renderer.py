@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from bridge.config import CONFIG_DIR
+from bridge.embodiment import Camera
 from sim.splat import ply, scene
 from sim.splat.render import Cameras, render, to_uint8
-from sim.splat.renderer import SplatConfig, SplatRenderer
+from sim.splat.renderer import SplatConfig, SplatRenderer, contract_cameras
 from tests.sim.splat.scenes import SEGMENTS, cameras, poses, psnr_db, rigid, tabletop
 
 CLOUD = tabletop(300, degree=1)
@@ -118,11 +119,16 @@ def test_a_background_picture_is_resized(folder):
     assert (renderer(folder).pictures(far, cameras(1)) == torch.tensor([255, 0, 51])).all()
 
 
-def test_cached_fixed_segments_change_nothing_but_the_work(folder):
+def test_cached_fixed_segments_change_nothing_but_the_work(folder, monkeypatch):
     splat, cams = renderer(folder), cameras(2)
     full = splat.render(poses(2), cams)
     calls = []
-    draw, splat._draw = splat._draw, lambda cloud, *rest: (calls.append(len(cloud)), draw(cloud, *rest))[1]
+
+    def counting(cloud, *arguments, **options):
+        calls.append(len(cloud))
+        return render(cloud, *arguments, **options)
+
+    monkeypatch.setattr("sim.splat.renderer.render", counting)
     first = splat.render(poses(2), cams, fixed=[True, False])
     assert psnr_db(first.rgb[:, 0], full.rgb[:, 0]) > 30  # layers: nearly the same
     assert torch.equal(first.rgb[:, 1], full.rgb[:, 1])  # the moving camera: the same
@@ -153,6 +159,20 @@ def test_composite_puts_the_nearer_on_top(folder):
     assert torch.equal(splat.composite(T, cams, white, torch.full(shape, 0.1)), white)
     nothing = splat.composite(T, cams, white, torch.full(shape, torch.inf))
     assert torch.equal(nothing, splat.pictures(T, cams))
+
+
+def test_contract_cameras_keep_their_rays():
+    tilt = rigid([0, 0, 0.1], [3.0, 0, 0]).flatten().tolist()
+    side = Camera(640, 480, 600.0, 500.0, 319.5, 239.5)
+    wrist = replace(side, mount="tcp", T_mount_cam=tilt)
+    T_base_tcp = poses(2)[:, 1]
+    cams, fixed = contract_cameras({"wrist": wrist, "side": side}, 320, 120, T_base_tcp)
+    assert fixed == [True, False]  # side, wrist: by name
+    # the middle stays the middle: (320 - 1) / 2 and (120 - 1) / 2
+    expected = torch.tensor([[300.0, 0, 159.5], [0, 125.0, 59.5], [0, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(cams.K[1, 0], expected)
+    torch.testing.assert_close(cams.T_world_cam[:, 1], T_base_tcp @ rigid([0, 0, 0.1], [3.0, 0, 0]))
+    torch.testing.assert_close(cams.T_world_cam[:, 0], torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
 
 
 def test_gs_kwargs_are_mapped():
