@@ -60,7 +60,7 @@ class PutCubeOnPlateEnv(BaseEnv):
             raise ValueError(
                 f"sim_freq {self.twin.sim_freq} is no multiple of the policy rate {self.embodiment.policy_rate_hz} Hz"
             )
-        kwargs = {"robot_uids": "twin_panda", "control_mode": CONTROL_MODE} | kwargs
+        kwargs = {"robot_uids": "twin_panda", "control_mode": CONTROL_MODE, "reward_mode": self.twin.reward} | kwargs
         super().__init__(*args, **kwargs)
 
     # --- what ManiSkill asks for --------------------------------------------------------------------------------------
