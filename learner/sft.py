@@ -180,6 +180,9 @@ def main(argv: list[str]) -> int:
     except (BridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
     print(f"version {figures['version']}: loss {figures['first_loss']:.3f} -> {figures['final_loss']:.3f}")
     return 0
 

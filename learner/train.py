@@ -152,6 +152,9 @@ def main(argv: list[str]) -> int:
     except (BridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
     print(f"version {figures['parent_version']} -> {figures['version']} after {figures['optimizer_steps']} steps")
     return 0
 
@@ -173,15 +176,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         trainer = Trainer(config, policy, env, open_demos(config, policy))
         if saved:
             trainer.load_state_dict(saved["trainer"])
-        history = run_iterations(trainer, config, start, parent, state_file)
-    newest = verify_bundle(latest_bundle(config.run / "checkpoints"))
+        newest = saved["version"] if saved else parent
+        history, newest = run_iterations(trainer, config, start, newest, state_file)
     curve = config.run / "curves" / f"{config.stage}.json"
     durable.make_folder(curve.parent)
     durable.write_text(curve, json.dumps(history) + "\n")
     rollout_s = sum(m["time/rollout_s"] for m in history)
     figures = {
         "parent_version": parent,
-        "version": newest.version,
+        "version": newest,
         "iterations": trainer.iteration,
         "optimizer_steps": trainer.updater.steps,
         "env_steps": trainer.env_steps,
@@ -213,9 +216,10 @@ def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
 
 
 def run_iterations(
-    trainer: Trainer, config: TrainConfig, start: Path, parent: int, state_file: Path
-) -> list[dict[str, float]]:
-    """Iterate to the end, logging and saving; returns the metrics of this process's iterations."""
+    trainer: Trainer, config: TrainConfig, start: Path, version: int, state_file: Path
+) -> tuple[list[dict[str, float]], int]:
+    """Iterate to the end, logging and saving; returns the metrics of this process's iterations and the last version.
+    `version` is the one that the weights now are."""
     durable.make_folder(state_file.parent)
     history = []
     writer = SummaryWriter(str(config.run / "tensorboard"), purge_step=trainer.iteration)
@@ -229,9 +233,9 @@ def run_iterations(
             bar.update()
             bar.set_postfix(success=f"{metrics.get('env/success_once', 0):.2f}", refresh=False)
             if trainer.iteration % config.save_every == 0 or trainer.iteration == config.iterations:
-                parent = save_bundle(trainer, config, parent, metrics)
-            save_state(trainer, config, start, state_file)
-    return history
+                version = save_bundle(trainer, config, version, metrics)
+            save_state(trainer, config, start, version, state_file)
+    return history, version
 
 
 def save_bundle(trainer: Trainer, config: TrainConfig, parent: int, metrics: dict[str, float]) -> int:
@@ -252,9 +256,10 @@ def save_bundle(trainer: Trainer, config: TrainConfig, parent: int, metrics: dic
     return version
 
 
-def save_state(trainer: Trainer, config: TrainConfig, start: Path, path: Path) -> None:
+def save_state(trainer: Trainer, config: TrainConfig, start: Path, version: int, path: Path) -> None:
     unfinished = path.with_suffix(".partial")
-    torch.save({"config": asdict(config), "start": str(start), "trainer": trainer.state_dict()}, unfinished)
+    state = {"config": asdict(config), "start": str(start), "version": version, "trainer": trainer.state_dict()}
+    torch.save(state, unfinished)
     unfinished.replace(path)
 
 

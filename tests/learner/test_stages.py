@@ -1,0 +1,112 @@
+"""Stage II and its evaluation as whole stages: files in, files out, on toy cells."""
+
+import dataclasses
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from bridge.checkpoint import bundles, read_manifest
+from learner import train as train_module
+from learner import twin_eval
+from learner.demo_dataset import DataConfig
+from learner.run_folder import read_curves
+from learner.sft import train as train_sft
+from learner.train import TrainConfig, Trainer, train
+from learner.twin_eval import TwinEvalConfig, evaluate
+from learner.update import AlgoConfig
+from tests.learner.test_sft import config_in
+from tests.learner.toy_cell import ToyVectorEnv, tabletop
+from tests.learner.toy_data import SIZE, write_dataset
+
+TAGS = [
+    *("train/ppo_loss", "train/sft_loss", "train/loss_ratio", "train/grad_cosine", "actor/total_loss"),
+    *("actor/approx_kl", "actor/pg_clipfrac", "actor/value_loss", "actor/value_clip_ratio", "actor/grad_norm"),
+    *("rollout/returns_mean", "rollout/advantages_mean", "env/episode_len", "env/success_once", "sft/loss"),
+]
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    def toy_env(config, embodiment, num_envs, num_workers, seed, auto_reset):
+        assert not auto_reset
+        return ToyVectorEnv(embodiment, num_envs, config.max_steps, SIZE)
+
+    monkeypatch.setattr(train_module, "TwinVectorEnv", toy_env)
+    monkeypatch.setattr(twin_eval, "TwinVectorEnv", toy_env)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    write_dataset(folder / "run/data/twin", tabletop(), range(1))
+    write_dataset(folder / "run/data/stand_in", tabletop(), range(1), fps=30, domain="stand_in")
+    train_sft(dataclasses.replace(config_in(folder, steps=3), data=DataConfig()))
+    return folder
+
+
+def train_config(folder, **changes):
+    algo = AlgoConfig(
+        batch_size=4,
+        micro_batch_size=4,
+        sft_batch_size=4,
+        critic_warmup_steps=1,
+        gradient_report_every=1,
+        target_kl=None,
+    )
+    config = TrainConfig(runs_dir=str(folder), name="run", iterations=3, envs=2, queries=2, threads=1, algo=algo)
+    config.twin.max_steps = 6
+    return dataclasses.replace(config, **changes)
+
+
+def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_interruption(folder, toy, monkeypatch):
+    iterate = Trainer.iterate
+
+    def interrupted(self):
+        if self.iteration == 2:
+            raise KeyboardInterrupt
+        return iterate(self)
+
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_config(folder))
+    monkeypatch.setattr(Trainer, "iterate", iterate)
+    with pytest.raises(ValueError, match=r"seed.*resume=false"):
+        train(train_config(folder, seed=9))
+    figures = train(train_config(folder))
+    assert (figures["parent_version"], figures["version"], figures["iterations"]) == (1, 4, 3)
+    found = bundles(folder / "run/checkpoints")
+    assert [read_manifest(path)[0].parent_version for path in found.values()] == [0, 1, 2, 3]
+    assert json.loads((folder / "run/stages/train.json").read_text())["figures"] == figures
+    curves = read_curves(folder / "run/tensorboard")
+    assert set(TAGS) <= curves.keys()
+    assert [step for step, _ in curves["env/episode_len"]] == [1, 2, 3]
+
+    whole = train(train_config(folder, checkpoint=str(found[1]), stage="whole"))
+    ours, theirs = (load_file(folder / f"run/checkpoints/{v:06d}/model.safetensors") for v in (4, whole["version"]))
+    assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+def test_stage_two_needs_the_robots_demonstrations_unless_beta_is_0(folder, toy, tmp_path):
+    config = train_config(tmp_path, checkpoint=str(folder / "run/checkpoints/000001"), iterations=1)
+    with pytest.raises(ValueError, match=r"algo\.beta 0\.2 needs demonstrations"):
+        train(config)
+    config.algo.beta = 0.0
+    assert train(config)["iterations"] == 1
+
+
+def test_stage_two_without_a_checkpoint_says_what_to_do(tmp_path, toy):
+    with pytest.raises(ValueError, match="run `cotwin sft` first"):
+        train(train_config(tmp_path))
+
+
+def test_evaluation_leaves_trials_an_interval_and_a_video(folder, toy):
+    config = TwinEvalConfig(runs_dir=str(folder), name="run", stage="twin_eval_before", episodes=3, envs=2, seed=40)
+    config.twin.max_steps = 6
+    figures = evaluate(config)
+    assert (figures["trials"], figures["successes"]) == (3, 0)
+    assert 0.5 < figures["wilson_high"] < 0.6  # 0 of 3
+    lines = (folder / "run/eval/twin_eval_before.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [40, 41, 42]
+    stage = json.loads((folder / "run/stages/twin_eval_before.json").read_text())
+    assert (folder / "run" / stage["files"]["video"]).stat().st_size > 0
