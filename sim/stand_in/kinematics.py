@@ -8,7 +8,7 @@ from sim.stand_in.scene import ARM_JOINTS, arm_spec, set_site
 
 DAMPING = 1e-6  # squared; keeps steps finite at singular poses
 MAX_STEPS = 2
-CONVERGED = 1e-6  # m and rad
+CONVERGED, ONE_STEP_IS_ENOUGH = 1e-9, 1e-3  # m and rad; a step leaves about the square of the error
 
 
 class ArmKinematics:
@@ -45,10 +45,10 @@ class ArmKinematics:
         return self._jacobian[:, :7]
 
     def solve(self, q: np.ndarray, pos_m: np.ndarray, rot: np.ndarray, elbow_rad: float | None) -> float:
-        """Move `q` in place towards the pose by damped Newton steps; returns the error left before the last one.
+        """Move `q` in place towards the pose by damped Newton steps; returns the error before the last one.
 
-        From one millisecond's target to the next, one step leaves less than a micrometre. Without an elbow angle the
-        joints move as little as possible.
+        From one millisecond's target to the next, one step leaves less than a micrometre, which the next millisecond
+        takes up. Without an elbow angle the joints move as little as possible.
         """
         residual = 0.0
         for _ in range(MAX_STEPS):
@@ -62,7 +62,7 @@ class ArmKinematics:
             rows = 6
             if elbow_rad is not None:
                 rows, error[6] = 7, elbow_rad - q[2]
-            residual = max(abs(error[:rows].min()), abs(error[:rows].max()))
+            residual = max(map(abs, error[:rows].tolist()))
             if residual < CONVERGED:
                 break
             J = self._augmented[:rows]
@@ -74,4 +74,6 @@ class ArmKinematics:
             q += J.T @ x
             np.maximum(q, self.lower_rad, out=q)
             np.minimum(q, self.upper_rad, out=q)
+            if residual < ONE_STEP_IS_ENOUGH:
+                break
         return residual

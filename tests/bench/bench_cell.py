@@ -1,5 +1,5 @@
-"""What the stand-in cell costs: `python -m tests.bench.bench_cell` prints one JSON object. Robot, cameras and cell are real
-processes or threads as in use; only ROS is left out."""
+"""What the stand-in cell costs: `python -m tests.bench.bench_cell` prints one JSON object. Robot client, cameras and
+cell are those in use; only ROS is left out."""
 
 import json
 import random

@@ -6,9 +6,12 @@ import franky
 import numpy as np
 import pytest
 
-from bridge.pose import integrate, pose
+from bridge.pose import integrate, interpolate, pose
 from sim.expert import PickPlaceExpert
 from sim.stand_in.errors import ResetRefused
+from sim.stand_in.kinematics import ArmKinematics
+from sim.stand_in.motion import CommandTracker
+from sim.stand_in.protocol import COMMAND, Generator, StateBuffer
 from tests.sim.stand_in.test_fci import HOME, go
 
 
@@ -76,32 +79,26 @@ def test_the_cube_is_lifted_by_contact_and_put_on_the_plate(gripper, cell, down)
     assert not cell.client.success()
 
 
-def test_the_scripted_expert_does_the_task(timed_cell, config):
-    """As the robot runtime drives it: seven numbers a step, integrated, absolute poses streamed, 10 Hz."""
-    embodiment, cell = config.embodiment, timed_cell.client
-    robot, gripper = timed_cell.robot(), franky.Gripper(timed_cell.address)
-    gripper.open(0.1)
-    robot.move(franky.JointMotion(HOME))
-    cell.reset(21)
-    expert, T = PickPlaceExpert(embodiment, seed=1), cell.poses()["tcp"]
-    closed, pending = False, None
+def test_the_scripted_expert_does_the_task(world, config):
+    """Seven numbers a step, integrated and walked to within the step, in one process: no clients, no clock."""
+    embodiment, state = config.embodiment, StateBuffer()
+    tracker = CommandTracker(world, ArmKinematics(), state)
+    expert, command = PickPlaceExpert(embodiment, seed=1), np.zeros(1, COMMAND)[0]
+    world.reset(21)
+    T = world.poses()["tcp"]
+    ticks = round(embodiment.period_s * 1000)
     for _ in range(150):
-        poses = cell.poses()
-        begin_s = poses["time_s"]
-        action = expert.act(T, poses["gripper_opening_m"], poses["cube"][:3, 3], poses["plate"][:3, 3])
+        poses = world.poses()
+        action = expert.act(T, world.width_m, poses["cube"][:3, 3], poses["plate"][:3, 3])
         if expert.done:
             break
-        if (action[6] < 0) != closed:
-            closed = not closed
-            gripper.stop()
-            if pending is not None:
-                pending.wait(5.0)
-            pending = gripper.grasp_async(0.04, 0.1, 20.0, 0.04, 0.04) if closed else gripper.move_async(0.08, 0.1)
-        if np.abs(action[:6]).max() > 1e-6:
-            T = integrate(T, action)
-            robot.move(franky.CartesianMotion(franky.Affine(T), return_when_finished=False), asynchronous=True)
-        while cell.poses()["time_s"] < begin_s + embodiment.period_s:
-            time.sleep(0.01)
-    robot.move(franky.CartesianStopMotion())
+        T_from, T = T, integrate(T, action)
+        for tick in range(ticks):
+            command["O_T_EE"] = interpolate(T_from, T, (tick + 1) / ticks).T.ravel()
+            tracker.apply(Generator.CARTESIAN_POSE, command)
+            step_m = np.clip(embodiment.gripper_opening_m(action[6]) - world.width_target[0], -1e-4, 1e-4)
+            world.width_target[0] += step_m
+            world.step()
     assert expert.done
-    assert cell.success()
+    assert expert.restarts == 0
+    assert world.success()
