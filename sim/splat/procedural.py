@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import trimesh
 import yaml
+from trimesh.visual import ColorVisuals, TextureVisuals
 
 from bridge import pose
 from bridge.config import command_line
@@ -26,6 +27,7 @@ TABLE_SIZE_M = (1.2, 1.4, 0.04)
 TABLE_CENTER_M = (0.45, 0.0, -0.02)
 TO_LIGHT = (0.3, 0.4, 1.0)
 AMBIENT = 0.55
+UNPAINTED = (0.5, 0.5, 0.5)
 
 
 @dataclass
@@ -128,8 +130,11 @@ def _mesh_parts(path: Path, T_link_mesh: np.ndarray) -> list[tuple[np.ndarray, n
         if not isinstance(mesh, trimesh.Trimesh):
             continue  # lines and points have no surface
         corners = trimesh.transform_points(mesh.triangles.reshape(-1, 3), T_link_mesh).reshape(-1, 3, 3)
-        painted = mesh.visual.material if mesh.visual.kind == "texture" else mesh.visual
-        parts.append((corners, np.asarray(painted.main_color[:3]) / 255))
+        match mesh.visual:
+            case TextureVisuals(material=painted) | (ColorVisuals() as painted):
+                parts.append((corners, np.asarray(painted.main_color[:3]) / 255))
+            case _:
+                parts.append((corners, np.array(UNPAINTED)))
     return parts
 
 
