@@ -13,6 +13,7 @@ COMMANDS = {
     "eval": ("robot.evaluate", "evaluate a policy server on the robot or the stand-in cell"),
     "demos": ("bridge.demo_server", "receive demonstrations from robots into a data set"),
     "twin-demos": ("sim.twin.demos", "scripted demonstrations in the twin to a LeRobot data set"),
+    "splat-scene": ("sim.splat.procedural", "write a splat scene sampled from the twin's own shapes"),
     "sft": ("learner.sft", "Stage I: supervised training on real and twin demonstrations"),
     "train": ("learner.train", "Stage II: PPO in the twin with an SFT term on real demonstrations"),
     "twin-eval": ("learner.twin_eval", "evaluate a checkpoint in the twin"),
