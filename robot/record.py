@@ -203,7 +203,7 @@ def summarise(attempts: list[dict[str, Any]]) -> dict[str, Any]:
         "faults": sum(bool(a["fault"]) for a in attempts),
         "success_rate": sum(a["success"] for a in attempts) / len(attempts),
         "seconds": round(sum(a["rows"] / a["fps"] for a in saved), 3),
-        "rtf": round(seconds / wall_s, 4),
+        "rtf": round(seconds / max(wall_s, 1e-3), 4),
     }
     if saved:
         figures |= {
@@ -211,6 +211,6 @@ def summarise(attempts: list[dict[str, Any]]) -> dict[str, Any]:
             "max_gap_ms": round(max(a["max_gap_ms"] for a in saved), 3),
             "gaps_over_50ms": sum(a["gaps_over_50ms"] for a in saved),
             "repeated_frames": sum(a["repeated"] for a in saved),
-            "recorder_cpu_cores": round(sum(a["cpu_s"] for a in saved) / sum(a["wall_s"] for a in saved), 3),
+            "recorder_cpu_cores": round(sum(a["cpu_s"] for a in saved) / max(sum(a["wall_s"] for a in saved), 1e-3), 3),
         }
     return figures

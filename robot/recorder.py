@@ -40,14 +40,14 @@ class RecorderConfig:
     nearest_share: float = field(
         default=0.75, metadata={"about": "other cameras: largest distance of a matching picture, in frame periods"}
     )
-    max_wait_s: float = field(default=0.2, metadata={"about": "how long a row waits for another camera's picture (s)"})
+    max_wait_s: float = field(default=1.5, metadata={"about": "how long a row waits for another camera's picture (s)"})
     max_gap_s: float = field(default=0.5, metadata={"about": "longer without a picture breaks the episode (s)"})
     max_lag_s: float = field(default=2.0, metadata={"about": "a pose stream later than this breaks the episode (s)"})
     max_backlog_frames: int = field(default=150, metadata={"about": "pictures the encoders may be behind"})
 
     def __post_init__(self):
-        if not 0 < self.max_wait_s < self.max_gap_s:
-            raise ValueError(f"max_wait_s {self.max_wait_s} must lie between 0 and max_gap_s {self.max_gap_s}")
+        if not 0 < self.max_wait_s < self.max_lag_s:
+            raise ValueError(f"max_wait_s {self.max_wait_s} must lie between 0 and max_lag_s {self.max_lag_s}")
 
     @property
     def period_ns(self) -> int:
@@ -142,6 +142,7 @@ class Aligner:
         self.stats = RecordingStats(repeated=dict.fromkeys([self.config.row_camera, *self._others], 0))
         self._slots: deque[_Slot] = deque()
         self._newest_ns = -1  # stamp of the row camera's last picture
+        self._end_ns = 2**63
         self._frames: dict[str, deque[tuple[int, np.ndarray]]] = {name: deque(maxlen=64) for name in self._others}
         self._shown: dict[str, tuple[int, np.ndarray]] = {}  # what the last row showed of each other camera
 
@@ -155,6 +156,8 @@ class Aligner:
 
     def image(self, camera: str, stamp_ns: int, picture: np.ndarray) -> None:
         """uint8 [H, W, 3], not written to afterwards."""
+        if stamp_ns > self._end_ns:
+            return
         if camera != self.config.row_camera:
             frames = self._frames[camera]
             if frames and stamp_ns <= frames[-1][0]:
@@ -170,10 +173,16 @@ class Aligner:
         self._slots.append(_Slot(stamp_ns, picture, repeated=False))
         self._last_picture, self._newest_ns = picture, stamp_ns
 
+    def end(self) -> None:
+        """The episode ends at the newest sample; pictures up to then may still be on their way."""
+        self._end_ns = max(track.newest_ns for track in self._tracks.values())
+
     @property
     def lag_ns(self) -> int:
-        """How far the pictures that came in are behind the samples that came in."""
-        return max(track.newest_ns for track in self._tracks.values()) - self._newest_ns if self._newest_ns >= 0 else 0
+        """How far pictures are behind the episode's end, or behind the newest sample while it goes on."""
+        if self._newest_ns < 0:
+            return 0
+        return min(self._end_ns, max(track.newest_ns for track in self._tracks.values())) - self._newest_ns
 
     def rows(self) -> Iterator[Row]:
         """All rows that are complete. Raises RecordingBroken when the oldest has waited for too long."""
@@ -306,9 +315,13 @@ class EpisodeRecorder:
         except RecordingBroken as error:
             self._broken = str(error)
 
+    def end(self) -> None:
+        """The episode is over now. Pictures up to now may still be on their way: see `caught_up`, then `save`."""
+        self.aligner.end()
+
     @property
     def caught_up(self) -> bool:
-        """Whether pictures are as new as poses; `save` before that would cut off what is still on its way."""
+        """Whether pictures have come up to the end; `save` before that would cut them off."""
         return bool(self._broken) or self.aligner.lag_ns <= 1.5 * self.config.period_ns
 
     def save(self, success: bool) -> tuple[Path, RecordingStats]:

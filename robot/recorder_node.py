@@ -37,7 +37,7 @@ from robot.spin import run_node
 
 STATUS_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.05
-CATCH_UP_S = 3.0  # how long `save_episode` waits for pictures that are under way
+CATCH_UP_S = 10.0  # how long `save_episode` waits for pictures that are under way
 QUEUE = 60  # messages of each topic that may wait, two seconds of pictures: a busy machine must not cost a row
 
 
@@ -131,6 +131,7 @@ class RecorderNode(Node):
 
     async def _on_save(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         if self.recorder.recording and self._caught_up is None:
+            self.recorder.end()
             ready = Future()
             self._caught_up = ready, time.monotonic() + CATCH_UP_S
             await ready

@@ -126,7 +126,7 @@ def test_a_lost_picture_of_another_camera_is_repeated():
 
 
 def test_rows_do_not_wait_forever_for_another_camera():
-    rows, stats = align(events(12, lost_wrist=range(6, 12)))
+    rows, stats = align(events(12, lost_wrist=range(6, 12)), RecorderConfig(fps=FPS, max_wait_s=0.1))
     assert len(rows) == 12
     assert [int(images["wrist"][0, 0, 0]) for images, _ in rows][5:] == [105] * 7
     assert stats.repeated["wrist"] == 6
@@ -160,7 +160,7 @@ def test_a_camera_that_stops_is_named():
     with pytest.raises(RecordingBroken, match="third_person for the last"):
         align(events(5, until_ns=START_NS + 2_000_000_000))
     with pytest.raises(RecordingBroken, match="no picture of wrist"):
-        align(events(40, lost_wrist=range(5, 40)))
+        align(events(90, lost_wrist=range(5, 90)))
     with pytest.raises(RecordingBroken, match="no picture of third_person for"):
         align(events(40, lost=range(5, 30)))
 
@@ -227,6 +227,20 @@ def test_a_broken_episode_is_not_saved(recorder):
     recorder.start("pick up the cube")
     feed(recorder, [e for e in events(58) if e[0] >= START_NS + 50 * PERIOD_NS])
     assert recorder.save(True)[1].rows == 8
+
+
+def test_the_end_waits_for_pictures_under_way(recorder):
+    """Poses are there up to row 19, pictures of the last ten come afterwards; what was after the end does not count."""
+    recorder.start("pick up the cube")
+    messages = events(30, until_ns=START_NS + 19 * PERIOD_NS + 10_000_000)
+    is_late = [e[1] == "image" and e[0] >= START_NS + 10 * PERIOD_NS for e in messages]
+    late = [e for e, behind in zip(messages, is_late, strict=True) if behind]
+    feed(recorder, [e for e, behind in zip(messages, is_late, strict=True) if not behind])
+    recorder.end()
+    assert not recorder.caught_up
+    feed(recorder, late)
+    assert recorder.caught_up
+    assert recorder.save(True)[1].rows == 20
 
 
 def test_no_rows_is_no_episode(recorder):

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from bridge.run_files import read_lines
+from robot import evaluate
+from robot.evaluate import EvalConfig
+from robot.scene import SessionError
+from tests.robot.scripted_session import ScriptedSession
+
+SOLVED = {"success_s": (3.0, 1e9)}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def run(script, **keys) -> ScriptedSession:
+        session = ScriptedSession(script)
+        monkeypatch.setattr(evaluate, "Session", session)
+        evaluate.evaluate(EvalConfig(name="r", runs_dir=str(tmp_path), **keys))
+        return session
+
+    run.trials = lambda label="before": read_lines(tmp_path / "r" / "eval" / f"{label}.jsonl")
+    return run
+
+
+def test_success_must_last(run):
+    """Seed 1's success is gone after 0.3 s; seed 2 has none."""
+    run({0: SOLVED, 1: {"success_s": (3.0, 3.3)}}, trials=3, seed=0, trial_s=6.0, hold_s=0.5)
+    trials = run.trials()
+    assert [trial["success"] for trial in trials] == [True, False, False]
+    assert trials[0]["time_to_success_s"] == pytest.approx(3.0, abs=0.11)
+    assert trials[0]["duration_s"] == pytest.approx(3.5, abs=0.21)
+    assert trials[1]["duration_s"] == pytest.approx(6.1, abs=0.11)
+    assert trials[1]["time_to_success_s"] is None
+
+
+def test_trials_that_are_there_are_not_repeated(run):
+    run({0: SOLVED}, trials=1, seed=0, trial_s=5.0)
+    session = run({1: SOLVED}, trials=3, seed=0, trial_s=5.0)
+    assert [trial["seed"] for trial in run.trials()] == [0, 1, 2]
+    assert session.calls[0] == (1, "runtime_node/start")
+    assert run({}, trials=3, seed=0).opened == 0
+    run({0: SOLVED}, trials=1, seed=0, label="after", trial_s=5.0)
+    assert len(run.trials("after")) == 1
+
+
+def test_the_policy_is_stopped_after_every_trial(run):
+    session = run({0: {"fault_s": 1.0}, 1: SOLVED}, trials=2, seed=0, trial_s=5.0)
+    assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop"] * 2
+
+
+def test_faults_are_not_failures(run):
+    script = {
+        0: SOLVED,
+        1: {"fault_s": 1.0},
+        2: {"runtime": {"policy_versions": [], "reason": "BridgeTimeout", "state": "HOLD"}},
+        3: {"runtime": {"errors": 4, "reason": "BridgeTimeout", "state": "HOLD"}},
+        4: {},
+    }
+    run(script, trials=5, seed=0, trial_s=2.0 + 3)
+    assert [trial["fault"] for trial in run.trials()] == [
+        "",
+        "reflex",
+        "the policy never acted: BridgeTimeout",
+        "the policy went silent: BridgeTimeout",
+        "",
+    ]
+    figures = evaluate.summarise(run.trials())
+    assert (figures["successes"], figures["trials"], figures["faults"]) == (1, 2, 3)
+
+
+def test_too_many_faults_end_it(run):
+    with pytest.raises(SessionError, match="2 trials ended in faults, the last one: reflex"):
+        run({seed: {"fault_s": 0.5} for seed in range(9)}, trials=9, seed=0, max_faults=1)
+
+
+def test_figures_of_trials():
+    def trial(seed, success, version, latency, jitter, fault=""):
+        times = {"chunk_latency_ms": latency, "tick_jitter_ms": jitter, "holds": 1, "policy_versions": [version]}
+        return {"seed": seed, "success": success, "time_to_success_s": 4.0 if success else None, "fault": fault} | times
+
+    trials = [trial(seed, seed < 8, 2, [10.0] * 99, [1.0] * 100) for seed in range(10)]
+    trials.append(trial(10, False, 2, [110.0] * 10, [5.0] * 100, fault="reflex"))
+    figures = evaluate.summarise(trials)
+    assert (figures["successes"], figures["trials"], figures["faults"]) == (8, 10, 1)
+    assert (figures["wilson_low"], figures["wilson_high"]) == (0.4902, 0.9433)
+    assert (figures["policy_version_before"], figures["policy_version_after"]) == (2, 2)
+    # 10 of 1000 latencies are 110 ms, so the 99th percentile, 99 % of the way along 1000 sorted values, is still 10.
+    assert figures["chunk_latency_p50_ms"] == 10.0
+    assert figures["chunk_latency_p99_ms"] == pytest.approx(11.0, abs=0.01)
+    assert figures["tick_jitter_p99_ms"] == 5.0
+
+    handover = [trial(11, True, 1, [10.0], [1.0]), *trials[5:]]
+    figures = evaluate.summarise(handover)
+    assert (figures["successes"], figures["trials"], figures["handover_trials"]) == (3, 5, 1)
+    assert (figures["policy_version_before"], figures["policy_version_after"]) == (1, 2)
+
+
+def test_the_command_writes_a_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "Session", ScriptedSession({1000: SOLVED}))
+    assert evaluate.main([f"runs_dir={tmp_path}", "name=r", "trials=1", "label=after"]) == 0
+    stage = json.loads((tmp_path / "r" / "stages" / "eval_after.json").read_text())
+    assert stage["figures"]["successes"] == 1
+    assert stage["files"] == {"first_trial": "videos/eval_after.mp4"}
+
+
+@pytest.mark.parametrize(("keys", "message"), [({"label": "a/b"}, "letters"), ({"trials": 0}, "1 and more")])
+def test_bad_keys(keys, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**keys)
