@@ -228,7 +228,8 @@ def run_steps(trainer: SftTrainer, config: SftConfig, state_file: Path) -> list[
     durable.make_folder(state_file.parent)
     losses: list[float] = []
     saved_s = time.monotonic()
-    writer = SummaryWriter(str(config.run / "tensorboard"), purge_step=trainer.step)
+    # No purge_step: it would remove the other stage's curves of the same run as well.
+    writer = SummaryWriter(str(config.run / "tensorboard"))
     with writer, tqdm(total=100, desc=config.stage, unit="%") as bar, terminate_as_interrupt():
         try:
             while trainer.progress < 1.0:

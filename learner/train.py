@@ -222,7 +222,8 @@ def run_iterations(
     `version` is the one that the weights now are."""
     durable.make_folder(state_file.parent)
     history = []
-    writer = SummaryWriter(str(config.run / "tensorboard"), purge_step=trainer.iteration)
+    # No purge_step: it would remove the other stage's curves of the same run as well.
+    writer = SummaryWriter(str(config.run / "tensorboard"))
     bar = tqdm(total=config.iterations, initial=trainer.iteration, desc=config.stage, unit="iteration")
     with writer, bar, terminate_as_interrupt():
         while trainer.iteration < config.iterations:
