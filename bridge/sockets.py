@@ -110,10 +110,9 @@ def receive(socket: zmq.Socket, limits: Limits = DEFAULT_LIMITS, leading: int = 
 
     `leading` routing frames come before the message. Raises CorruptData when there are more frames than allowed.
     """
-    try:
-        frames = [socket.recv(zmq.NOBLOCK, copy=False)]
-    except zmq.Again:
+    if not socket.get(zmq.EVENTS) & zmq.POLLIN:  # ten times cheaper than to try and catch zmq.Again
         return None
+    frames = [socket.recv(zmq.NOBLOCK, copy=False)]
     while frames[-1].more and len(frames) < limits.frames + 1 + leading:
         frames.append(socket.recv(copy=False))
     if frames[-1].more:

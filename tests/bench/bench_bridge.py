@@ -1,4 +1,4 @@
-"""The bridge beside a bare ZeroMQ socket and openpi's protocol, all on loopback in one run.
+"""The bridge beside a bare ZeroMQ socket, openpi's protocol and LeRobot's async inference, all on loopback in one run.
 
     python -m tests.bench.bench_bridge [--quick] [--only round_trip bundle swap delivery demos] [--out FILE]
 
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -101,6 +102,44 @@ def serve_openpi(pipe, keys_folder):
     asyncio.run(run())
 
 
+def serve_lerobot(pipe, keys_folder):
+    """LeRobot's own gRPC servicer with its own preparation of observations; only the policy is replaced by a no-op."""
+    os.chdir(tempfile.mkdtemp())  # it writes log files where it is imported
+    from concurrent.futures import ThreadPoolExecutor
+    from types import SimpleNamespace
+
+    import grpc
+    import torch
+    from lerobot.async_inference.configs import PolicyServerConfig
+    from lerobot.async_inference.policy_server import PolicyServer as LeRobotServer
+    from lerobot.transport import services_pb2_grpc
+
+    servicer = LeRobotServer(PolicyServerConfig(inference_latency=0.0))
+    logging.disable(logging.INFO)
+    servicer.lerobot_features = lerobot_features()
+    image_features = {f"observation.images.{name}": SimpleNamespace(shape=(3, 480, 640)) for name in EMBODIMENT.cameras}
+    servicer.policy = SimpleNamespace(
+        config=SimpleNamespace(image_features=image_features),
+        predict_action_chunk=lambda observed: torch.zeros(1, 50, 7),
+    )
+    servicer.actions_per_chunk = 50
+    servicer.preprocessor = servicer.postprocessor = lambda value: value
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    services_pb2_grpc.add_AsyncInferenceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    pipe.send(f"127.0.0.1:{port}")
+    run_until_told(pipe, lambda stop: stop.wait())
+    server.stop(0)
+
+
+def lerobot_features():
+    features = {"observation.state": {"dtype": "float32", "shape": (7,), "names": [f"s{k}" for k in range(7)]}}
+    for name in EMBODIMENT.cameras:
+        features[f"observation.images.{name}"] = {"dtype": "video", "shape": (480, 640, 3), "names": None}
+    return features
+
+
 def run_until_told(pipe, serve):
     stop = threading.Event()
 
@@ -179,6 +218,34 @@ def call_openpi(endpoint, observed, keys):
         yield call
 
 
+@contextlib.contextmanager
+def call_lerobot(endpoint, observed, keys):
+    """What LeRobot's robot client does for one chunk: pickle, send in 2 MB pieces, ask for the actions, unpickle."""
+    import pickle
+
+    import grpc
+    from lerobot.async_inference.helpers import TimedObservation
+    from lerobot.transport import services_pb2, services_pb2_grpc
+    from lerobot.transport.utils import grpc_channel_options, send_bytes_in_chunks
+
+    channel = grpc.insecure_channel(endpoint, grpc_channel_options())
+    stub = services_pb2_grpc.AsyncInferenceStub(channel)
+    stub.Ready(services_pb2.Empty())
+    raw = {f"s{k}": float(v) for k, v in enumerate(observed.state)} | observed.images | {"task": observed.instruction}
+    steps = iter(range(10**9))
+
+    def call():
+        timed = TimedObservation(timestamp=time.time(), observation=raw, timestep=next(steps), must_go=True)
+        pieces = send_bytes_in_chunks(pickle.dumps(timed), services_pb2.Observation, silent=True)
+        stub.SendObservations(pieces)
+        answer = stub.GetActions(services_pb2.Empty())
+        if len(pickle.loads(answer.data)) != 50:
+            raise RuntimeError("LeRobot's server did not answer with 50 actions")
+
+    yield call
+    channel.close()
+
+
 def measure(server, caller, calls, size=(480, 640), folders=(None, None)):
     """p50 and p99 in ms, CPU ms a call over both processes, MB/s."""
     observed = observation(*size)
@@ -216,6 +283,7 @@ def bench_round_trip(quick: bool) -> dict:
             "bare ZeroMQ REQ/REP": measure(serve_bare, call_bare, calls),
             "ours": measure(serve_ours, call_ours, calls),
             "openpi protocol": measure(serve_openpi, call_openpi, calls),
+            "LeRobot async (gRPC)": measure(serve_lerobot, call_lerobot, calls // 2),
             "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, folders=curve),
             "ours + CURVE": measure(serve_ours, call_ours, calls, folders=curve),
             "ours + CURVE, 224x224": measure(serve_ours, call_ours, calls, (224, 224), curve),
@@ -227,6 +295,11 @@ def bench_round_trip(quick: bool) -> dict:
         ours = rows["ours"][quantile]
         pairs = {
             f"round_trip_{quantile}": (ours, rows["openpi protocol"][quantile], "openpi protocol (WebSocket)"),
+            f"round_trip_{quantile}_beside_lerobot": (
+                ours,
+                rows["LeRobot async (gRPC)"][quantile],
+                "LeRobot 0.6.1 async inference, inference_latency=0",
+            ),
             f"round_trip_{quantile}_beside_bare": (ours, rows["bare ZeroMQ REQ/REP"][quantile], "bare ZeroMQ REQ/REP"),
             f"round_trip_curve_{quantile}": (
                 rows["ours + CURVE"][quantile],
@@ -463,7 +536,8 @@ def main(argv: list[str]) -> int:
         figures |= result["figures"]
         tables |= result["tables"]
         print(json.dumps(result, indent=1), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    revision = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(revision, cwd=RESULT.parent, capture_output=True, text=True, check=True).stdout
     document = {
         "name": "bridge",
         "date": datetime.date.today().isoformat(),
