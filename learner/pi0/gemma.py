@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learner.pi0.config import GemmaConfig
+from learner.pi0.fused_attention import fused_attention
 from learner.pi0.layers import Linear, RMSNorm, multi_query_attention, rotate
 from learner.pi0.runner import Runner
 from learner.pi0.small_matmul import fits, gated_product, product_parts
-from learner.pi0.suffix_attention import suffix_attention
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, [B, S, head width] each, keys already rotated."""
@@ -52,19 +52,14 @@ class Stream(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What all layers of a pass share: cos and sin float32 [B, Q, 1, W/2], `bias` added to the attention scores, which
-    keys of the past are real (bool [B, S]), and the dtype of the arithmetic."""
+    """What all layers of a pass share: cos and sin float32 [B, Q, 1, W/2], which prefix keys are real (bool [B, S]),
+    and the dtype of the arithmetic. `bias` is added to the attention scores; None: the fused kernel, which needs none."""
 
     cos: Tensor
     sin: Tensor
+    valid: Tensor
     bias: Tensor | None
-    past_valid: Tensor | None
     dtype: torch.dtype
-
-
-def is_fused(x: Tensor) -> bool:
-    """Whether the suffix attends through learner/pi0/suffix_attention.py: on a GPU, without gradient."""
-    return x.is_cuda and not torch.is_grad_enabled()
 
 
 class GemmaLayer(nn.Module):
@@ -85,14 +80,13 @@ class GemmaLayer(nn.Module):
         x = stream.joined()
         h, gate = self.attn_norm(x, attn_modulation)
         qkv = self.qkv(h.to(scene.dtype))
-        if past is not None and is_fused(x):
-            fields = (qkv, scene.cos[:, :, 0], scene.sin[:, :, 0], past[0], past[1], scene.past_valid)
-            mixed, own = suffix_attention(*fields, self.heads, self.leading_state), None
+        if scene.bias is None:
+            mixed, own = self.fused(qkv, scene, past)
         else:
             q, k, v = self.rotated(qkv, scene)
             keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
             mixed, own = multi_query_attention(q, keys, values, scene.bias), (k, v)
-        small = own is None and self._is_small(x)
+        small = scene.bias is None and self._is_small(x)
         x = Stream(
             x, product_parts(mixed, self.out.multiplier(scene.dtype)) if small else self.out(mixed), gate
         ).joined()
@@ -109,6 +103,17 @@ class GemmaLayer(nn.Module):
         products = (self.out, self.gate_up, self.down)
         rows = x.shape[0] * x.shape[1]
         return all(type(p) is Linear for p in products) and fits(rows, *(p.weight for p in products))
+
+    def fused(self, qkv: Tensor, scene: Scene, past: KeysValues | None) -> tuple[Tensor, KeysValues | None]:
+        """Attention through learner/pi0/fused_attention.py; a suffix keeps no keys and values of its own."""
+        own = None
+        if past is None:
+            own = self.rotated(qkv, scene)[1:]
+        keys, values = past or own  # type: ignore[misc]
+        tables = scene.cos[:, :, 0], scene.sin[:, :, 0]
+        has_suffix = past is not None
+        mixed = fused_attention(qkv, *tables, keys, values, scene.valid, self.heads, has_suffix, self.leading_state)
+        return mixed, own
 
     def keys_values(self, stream: Stream, scene: Scene) -> KeysValues:
         """All that the expert reads of a last prefix layer."""

@@ -12,18 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learner.pi0 import fused_attention, small_matmul
 from learner.pi0.config import ModelConfig
-from learner.pi0.gemma import GemmaStack, KeysValues, Modulations, Scene, is_fused
+from learner.pi0.gemma import GemmaStack, KeysValues, Modulations, Scene
 from learner.pi0.layers import key_bias, rotary_table, timestep_embedding
+from learner.pi0.runner import Runner
 from learner.pi0.vision import VisionTower
 
 
 @dataclass
 class Prefix:
-    """What the expert needs of an observation. `output` is the normed last layer, [B, S, C], if it was asked for.
-
-    Made for one mode: do not use a prefix with gradient that was first used without.
-    """
+    """What the expert needs of an observation. `output` is the normed last layer, [B, S, C], if it was asked for."""
 
     keys_values: list[KeysValues]
     valid: Tensor  # bool [B, S]
@@ -52,6 +51,7 @@ class Pi0Model(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, config.language.width)
         self.language = GemmaStack(config.language, adaptive=False)
         self.expert = GemmaStack(config.expert, adaptive=config.variant == "pi05")
+        self.narrow = Runner(_narrow_product)
         self.action_in = nn.Linear(config.action_width, width)
         self.action_out = nn.Linear(width, config.action_width)
         if config.variant == "pi05":
@@ -80,7 +80,9 @@ class Pi0Model(nn.Module):
         """Every real token attends to every real token. Padding tokens do too, but nobody looks at them."""
         embeddings, valid = self.embed_prefix(images, image_mask, tokens, token_mask)
         cos, sin = rotary_table(valid.cumsum(1) - 1, self.config.language.head_width)
-        scene = Scene(cos, sin, key_bias(valid, self.dtype)[:, None, None], None, self.dtype)
+        fused = fused_attention.fits(embeddings, self.config.language.head_width)
+        bias = None if fused else key_bias(valid, self.dtype)[:, None, None]
+        scene = Scene(cos, sin, valid, bias, self.dtype)
         output, keys_values = self.language(embeddings, scene, need_output=need_output)
         return Prefix(keys_values, valid, output)
 
@@ -100,21 +102,35 @@ class Pi0Model(nn.Module):
         suffix = self._embed_suffix(state, x, t)
         if modulations is None:
             modulations = self.modulations(t)
-        if prefix.suffix is None:
-            prefix.suffix = self._suffix_scene(prefix.valid, fused=is_fused(suffix))
+        fused = fused_attention.fits(suffix, self.config.expert.head_width)
+        if prefix.suffix is None or fused != (prefix.suffix.bias is None):
+            prefix.suffix = self._suffix_scene(prefix.valid, fused)
         output, _ = self.expert(suffix, prefix.suffix, prefix.keys_values, modulations)
         assert output is not None
         features = output[:, -self.config.horizon :]
-        return self.action_out(features), features
+        return self._exact(self.action_out, features), features
 
     def _embed_suffix(self, state: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Suffix tokens float32 [B, suffix_tokens, C]."""
-        actions = self.action_in(x)
+        actions = self._exact(self.action_in, x)
         if self.config.variant == "pi05":
             return actions
         time = timestep_embedding(t, self.config.expert.width)[:, None].expand_as(actions)
         mixed = self.time_out(F.silu(self.time_in(torch.cat([actions, time], dim=-1))))
         return torch.cat([self.state_in(state)[:, None], mixed], dim=1)
+
+    def compile_layers(self) -> None:
+        """torch.compile for every kind of layer."""
+        for part in (self.vision, self.language, self.expert):
+            part.compile_layers()
+        self.narrow.compile()
+
+    def _exact(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """A float32 projection to or from the 32 action dims; of few rows on a GPU, where libraries take 15 us."""
+        rows = x.shape[0] * x.shape[1]
+        if x.is_cuda and not torch.is_grad_enabled() and rows <= small_matmul.MAX_ROWS:
+            return self.narrow(x, layer.weight, layer.bias)
+        return layer(x)
 
     def _suffix_scene(self, prefix_valid: Tensor, fused: bool) -> Scene:
         """Positions go on after the real prefix. All see the real prefix and the whole suffix, but pi0's state sees no
@@ -123,12 +139,16 @@ class Pi0Model(nn.Module):
         position = prefix_valid.sum(1, keepdim=True) + torch.arange(queries, device=prefix_valid.device)
         cos, sin = rotary_table(position, self.config.expert.head_width)
         if fused:
-            return Scene(cos, sin, None, prefix_valid, self.dtype)
+            return Scene(cos, sin, prefix_valid, None, self.dtype)
         valid = torch.cat([prefix_valid, prefix_valid.new_ones(len(prefix_valid), queries)], dim=1)[:, None]
         if self.config.variant == "pi0":
             valid = valid.repeat(1, queries, 1)
             valid[:, 0, prefix_valid.shape[1] + 1 :] = False
-        return Scene(cos, sin, key_bias(valid, self.dtype)[:, None], None, self.dtype)
+        return Scene(cos, sin, prefix_valid, key_bias(valid, self.dtype)[:, None], self.dtype)
+
+
+def _narrow_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (x[..., None, :] * weight).sum(-1) + bias
 
 
 class TimeTable:

@@ -118,8 +118,8 @@ class Pi0Policy(nn.Module):
         fast = config.compile and torch.device(device).type == "cuda"
         for stack in (self.model.vision, self.model.language, self.model.expert):
             stack.run.gradient_checkpointing = config.gradient_checkpointing
-            if fast:
-                stack.compile_layers()
+        if fast:
+            self.model.compile_layers()
         self._tables = {steps: TimeTable() for steps in (config.num_inference_steps, config.flow.num_steps)}
         self._infer_graph = Graphed(self._infer, fast)
         self._prefix_graph = Graphed(self._encode, fast)

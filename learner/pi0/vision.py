@@ -28,7 +28,11 @@ class VisionLayer(nn.Module):
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width)).float()
         hidden = F.gelu(self.up(self.mlp_norm(x).to(dtype)), approximate="tanh")
-        return x, self.down(hidden)
+        if type(self.down) is not Linear:  # an adapter around it
+            return x, self.down(hidden)
+        # Its bias joins the stream here, in a kernel that writes x anyway: added to the product it costs a copy.
+        assert self.down.bias is not None
+        return x + self.down.bias, F.linear(hidden, self.down.multiplier(dtype))
 
 
 class VisionTower(nn.Module):

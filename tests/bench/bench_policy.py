@@ -230,6 +230,7 @@ def _our_ppo_update(bench: Bench, peer, inputs, joint: bool, theirs: list[float]
     valid = policy._prefix_valid(inputs["image_mask"], inputs["token_mask"])
     keys_values, pooled = policy._prefix_graph(*our_inputs(inputs)[:4])
     prepared = Prepared(inputs["state"], valid, keys_values=keys_values, pooled=pooled)
+    bench.details["kept_prefix_mb_a_sample"] = keys_values[0].numel() * keys_values.element_size() / 1e6
     rollout = policy.sample(prepared)
     advantage = torch.randn(bench.ppo_batch, 1, 1, device=bench.device)
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -242,6 +243,7 @@ def _our_ppo_update(bench: Bench, peer, inputs, joint: bool, theirs: list[float]
         ratio = torch.exp(scores.log_prob - rollout.log_prob)
         surrogate = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
         (surrogate + 0.5 * scores.value.square().mean() - 0.005 * scores.entropy.mean()).backward()
+        return scores
 
     def with_optimiser():
         our_step()
@@ -253,9 +255,15 @@ def _our_ppo_update(bench: Bench, peer, inputs, joint: bool, theirs: list[float]
     policy._sample_graph.clear()
     bench.reset_memory()
     start = time.perf_counter()
-    our_step()
+    scores = our_step()
     bench.synchronise()
     first_call_s = time.perf_counter() - start
+    name = "joint" if joint else "single"
+    gap = (scores.log_prob.detach() - rollout.log_prob).abs()
+    bench.details[f"rollout_to_update_log_prob_difference_{name}"] = {
+        "max": float(gap.max()),
+        "mean": float(gap.mean()),
+    }
     ours = bench.seconds(our_step)
     ours_gb = bench.peak_gb()
     stepped = bench.seconds(with_optimiser)
@@ -278,9 +286,28 @@ def _our_ppo_update(bench: Bench, peer, inputs, joint: bool, theirs: list[float]
 def sft_update(bench: Bench, peer: torch.nn.Module) -> None:
     """Forward, backward, clipping and AdamW of the whole model, same batch on both sides."""
     inputs, batch = bench.inputs(bench.sft_batch), bench.sft_batch
+    ours, ours_gb, first_call_s = _our_sft(bench, peer, inputs)
+    bench.reset_memory()
+    theirs = _peer_sft(bench, peer, inputs)
+    bench.record(
+        "sft_update_samples_per_s",
+        batch / statistics.median(ours),
+        batch / statistics.median(theirs),
+        "samples/s",
+        len(ours),
+        rate=True,
+        batch=batch,
+        ours_gb=ours_gb,
+        peer_gb=bench.peak_gb(),
+        first_call_s=first_call_s,
+    )
+
+
+def _our_sft(bench: Bench, peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[float], float, float]:
+    """Seconds of each update, peak GB, seconds of the first. The peer waits in host memory."""
     policy = our_policy(bench, peer, train_expert_only=False)
     policy.train()
-    peer_cpu = peer.to("cpu")
+    peer.to("cpu")
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-6, fused=bench.device.type == "cuda")
     x = inputs["t"][:, None, None] * inputs["noise"] + (1 - inputs["t"][:, None, None]) * inputs["actions"]
@@ -300,12 +327,11 @@ def sft_update(bench: Bench, peer: torch.nn.Module) -> None:
     bench.synchronise()
     first_call_s = time.perf_counter() - start
     ours = bench.seconds(our_step, max(3, bench.repeats // 2), warm_up=1)
-    ours_gb = bench.peak_gb()
-    del policy, trained, optimiser
-    bench.reset_memory()
+    return ours, bench.peak_gb(), first_call_s
 
-    peer = peer_cpu.to(bench.device)
-    peer.train()
+
+def _peer_sft(bench: Bench, peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
+    peer.to(bench.device).train()
     parameters = list(peer.parameters())
     peer_optimiser = torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -316,19 +342,7 @@ def sft_update(bench: Bench, peer: torch.nn.Module) -> None:
         peer_optimiser.step()
         peer_optimiser.zero_grad(set_to_none=True)
 
-    theirs = bench.seconds(peer_step, max(3, bench.repeats // 2), warm_up=1)
-    bench.record(
-        "sft_update_samples_per_s",
-        batch / statistics.median(ours),
-        batch / statistics.median(theirs),
-        "samples/s",
-        len(ours),
-        rate=True,
-        batch=batch,
-        ours_gb=ours_gb,
-        peer_gb=bench.peak_gb(),
-        first_call_s=first_call_s,
-    )
+    return bench.seconds(peer_step, max(3, bench.repeats // 2), warm_up=1)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

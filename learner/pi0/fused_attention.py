@@ -1,9 +1,9 @@
-"""The denoising loop's attention on a GPU, forward only: rotate, attend to prefix and suffix, in one kernel.
+"""Attention of passes without gradient on a GPU: rotate, attend under a mask of real keys, in one kernel.
 
-Eight heads share one key, so B samples of 50 actions are 400 query rows each over some 760 keys. General kernels start
-seven blocks for that at batch 1 and leave 125 multiprocessors idle; this one also splits the keys (and adds the parts
-in a second kernel), reads query, key and value where the projection left them, rotates them on the way in, and never
-copies the prefix.
+Eight heads share one key, so the denoising loop's B samples of 50 actions are 400 query rows each over some 760 keys.
+General kernels start seven blocks for that at batch 1 and leave 125 multiprocessors idle; this one also splits the keys
+(and adds the parts in a second kernel), reads query, key and value where the projection left them, rotates them on the
+way in, and never copies the prefix. The prefix itself goes through it too: a mask halves library kernels' speed.
 """
 
 import math
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M, BLOCK_N = 64, 64
+BLOCK_N = 64
 TILES_PER_SPLIT = 2
 LOWEST = tl.constexpr(-1e30)
 
@@ -109,39 +109,59 @@ def _combine(part, part_max, part_sum, out, SPLITS: tl.constexpr, PADDED: tl.con
     tl.store(out + row * WIDTH + column, mixed.to(out.dtype.element_ty))
 
 
-def split_count(batch: int, rows: int, prefix: int, processors: int) -> tuple[int, int]:
-    """How many splits, and how many prefix keys each of them has. One split when the batch fills the device."""
-    tiles = math.ceil(prefix / BLOCK_N)
-    blocks = batch * math.ceil(rows / BLOCK_M)
-    if 3 * blocks > processors:
-        return 1, tiles * BLOCK_N
-    per_split = max(TILES_PER_SPLIT, math.ceil(tiles * blocks / processors))
-    return math.ceil(tiles / per_split) + 1, per_split * BLOCK_N
+def tiling(batch: int, rows: int, keys: int, has_suffix: bool, processors: int) -> tuple[int, int, int, int]:
+    """Rows of a block, warps, pipeline stages, and prefix tiles of a split (all of them where nothing is split).
+
+    Measured on an H200: large blocks once they fill it, small ones and splits of the keys before.
+    """
+    tiles = math.ceil(keys / BLOCK_N)
+    if batch * math.ceil(rows / 128) >= 2 * processors:
+        return 128, 8, 2, tiles
+    if not has_suffix:
+        return 64, 4, 3, tiles
+    blocks = batch * math.ceil(rows / 32)
+    if 3 * blocks > 2 * processors:
+        return 32, 4, 2, tiles
+    return 32, 4, 2, max(TILES_PER_SPLIT, math.ceil(tiles * blocks / processors))
 
 
-@torch.library.custom_op("cotwin::suffix_attention", mutates_args=())
-def suffix_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, past_k: Tensor, past_v: Tensor, valid: Tensor, heads: int, state_token: bool
+@torch.library.custom_op("cotwin::fused_attention", mutates_args=())
+def fused_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor,
+    heads: int,
+    has_suffix: bool,
+    state_token: bool,
 ) -> Tensor:
-    """qkv [B, Q, (heads + 2) W], not rotated; cos, sin float32 [B, Q, W/2]; past_k, past_v [B, S, W], keys rotated;
-    valid bool [B, S] -> [B, Q, heads W]. No gradient."""
+    """qkv [B, Q, (heads + 2) W], not rotated; cos, sin float32 [B, Q, W/2]; keys (rotated), values [B, S, W]; valid
+    bool [B, S] -> [B, Q, heads W]. No gradient.
+
+    Queries see the valid keys and, with `has_suffix`, the keys of their own qkv (the first query, if it is a
+    `state_token`, only its own).
+    """
     batch, queries, packed = qkv.shape
-    width, prefix, rows = packed // (heads + 2), past_k.shape[1], queries * heads
-    assert qkv.stride(2) == past_k.stride(2) == past_v.stride(2) == cos.stride(2) == 1
+    width, prefix, rows = packed // (heads + 2), keys.shape[1], queries * heads
+    assert qkv.stride(2) == keys.stride(2) == values.stride(2) == cos.stride(2) == 1
     assert cos.stride() == sin.stride()
     assert valid.is_contiguous()
     out = torch.empty((batch, queries, heads * width), dtype=qkv.dtype, device=qkv.device)
     processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count if qkv.is_cuda else 132
-    splits, split_keys = split_count(batch, rows, prefix, processors)
+    block_m, warps, stages, per_split = tiling(batch, rows, prefix, has_suffix, processors)
+    tiles = math.ceil(prefix / BLOCK_N)
+    splits = 1 if per_split >= tiles else math.ceil(tiles / per_split) + 1
     shape = (batch, rows, splits) if splits > 1 else (1, 1, 1)
     part = torch.empty((*shape, width), dtype=torch.float32, device=qkv.device)
     part_max, part_sum = torch.empty((2, *shape), dtype=torch.float32, device=qkv.device)
-    _attend[(math.ceil(rows / BLOCK_M), batch, splits)](
-        qkv, cos, sin, past_k, past_v, valid.view(torch.uint8), out, part, part_max, part_sum,
+    _attend[(math.ceil(rows / block_m), batch, splits)](
+        qkv, cos, sin, keys, values, valid.view(torch.uint8), out, part, part_max, part_sum,
         queries, prefix, rows, qkv.stride(0), qkv.stride(1), cos.stride(0), cos.stride(1),
-        past_k.stride(0), past_k.stride(1), past_v.stride(0), past_v.stride(1), width**-0.5 * math.log2(math.e),
-        HEADS=heads, HALF=width // 2, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, SPLITS=splits, SPLIT_KEYS=split_keys,
-        HAS_SUFFIX=True, STATE_TOKEN=state_token, num_warps=8, num_stages=2,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1), width**-0.5 * math.log2(math.e),
+        HEADS=heads, HALF=width // 2, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SPLITS=splits, SPLIT_KEYS=per_split * BLOCK_N,
+        HAS_SUFFIX=has_suffix, STATE_TOKEN=state_token, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         padded = triton.next_power_of_2(splits)
@@ -149,6 +169,11 @@ def suffix_attention(
     return out
 
 
-@suffix_attention.register_fake
-def _(qkv, cos, sin, past_k, past_v, valid, heads, state_token):
+@fused_attention.register_fake
+def _(qkv, cos, sin, keys, values, valid, heads, has_suffix, state_token):
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // (heads + 2) * heads))
+
+
+def fits(x: Tensor, head_width: int) -> bool:
+    """Whether a pass over x can use it: on a GPU, without gradient, and with heads that its tiles can hold."""
+    return x.is_cuda and not torch.is_grad_enabled() and head_width in (32, 64, 128, 256)
