@@ -204,7 +204,11 @@ class Cell:
 
 def main(argv: list[str]) -> int | None:
     config = command_line("cell", CellServerConfig, argv, __doc__ or "")
-    cell = Cell(config)
+    try:
+        cell = Cell(config)
+    except (OSError, zmq.ZMQError) as error:
+        print(f"error: {config.address} or a cell endpoint cannot be listened on ({error}): does another cell run?")
+        return 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: cell.stop())
     print(

@@ -221,5 +221,5 @@ def test_a_second_client_is_turned_away(robot, cell):
 
 
 def test_ports_of_a_running_cell_are_refused(cell):
-    with pytest.raises(AssertionError, match="did not start"):
+    with pytest.raises(AssertionError, match="does another cell run"):
         start_cell(f"address={cell.address}")
