@@ -61,7 +61,7 @@ def start_cell(*overrides: str) -> RunningCell:
     command = [sys.executable, "-c", SERVE, f"address={address}", "ros=false", *endpoints, *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     ready = process.stdout.readline()
-    assert "ready" in ready, f"the cell did not start: {ready!r}"
+    assert "cell ready" in ready, f"the cell did not start: {ready!r}"
     control, frames = (ready.split(f"{name} ")[1].split(",")[0].strip() for name in ("control", "frames"))
     return RunningCell(process, address, CellClient(control), frames)
 
