@@ -6,6 +6,7 @@ Conventions (docs/contract.md, section 1): a pose is a 4x4 homogeneous matrix `T
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 ACTION_DIM = 7
 STATE_DIM = 7
@@ -13,7 +14,7 @@ ACTION_NAMES = ("dx_m", "dy_m", "dz_m", "droll_rad", "dpitch_rad", "dyaw_rad", "
 STATE_NAMES = ("tcp_x_m", "tcp_y_m", "tcp_z_m", "tcp_roll_rad", "tcp_pitch_rad", "tcp_yaw_rad", "gripper_opening_m")
 
 
-def matrix_from_rpy(rpy_rad: np.ndarray) -> np.ndarray:
+def matrix_from_rpy(rpy_rad: ArrayLike) -> np.ndarray:
     """Rz(yaw) Ry(pitch) Rx(roll), i.e. extrinsic xyz. [..., 3] -> [..., 3, 3]."""
     rpy_rad = np.asarray(rpy_rad, dtype=np.float64)
     sr, sp, sy = np.moveaxis(np.sin(rpy_rad), -1, 0)
@@ -26,7 +27,7 @@ def matrix_from_rpy(rpy_rad: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def rpy_from_matrix(R: np.ndarray, roll_from_zero: bool = False) -> np.ndarray:
+def rpy_from_matrix(R: ArrayLike, roll_from_zero: bool = False) -> np.ndarray:
     """Inverse of `matrix_from_rpy`. [..., 3, 3] -> [..., 3]; pitch in [-pi/2, pi/2], yaw in (-pi, pi].
 
     `roll_from_zero` puts roll into [0, 2 pi) instead of (-pi, pi]: a gripper that points down has roll = pi, and the
@@ -41,7 +42,7 @@ def rpy_from_matrix(R: np.ndarray, roll_from_zero: bool = False) -> np.ndarray:
     return np.stack([roll, pitch, yaw], axis=-1)
 
 
-def quat_xyzw_from_matrix(R: np.ndarray) -> np.ndarray:
+def quat_xyzw_from_matrix(R: ArrayLike) -> np.ndarray:
     """[..., 3, 3] -> unit quaternion [..., 4], x y z w (ROS order), w >= 0."""
     R = np.asarray(R, dtype=np.float64)
     xx, yy, zz = R[..., 0, 0], R[..., 1, 1], R[..., 2, 2]
@@ -64,7 +65,7 @@ def quat_xyzw_from_matrix(R: np.ndarray) -> np.ndarray:
     return np.where(quat[..., 3:] < 0, -quat, quat)
 
 
-def matrix_from_quat_xyzw(quat_xyzw: np.ndarray) -> np.ndarray:
+def matrix_from_quat_xyzw(quat_xyzw: ArrayLike) -> np.ndarray:
     """[..., 4] (any non-zero norm) -> [..., 3, 3]."""
     q = np.asarray(quat_xyzw, dtype=np.float64)
     q = q / np.linalg.norm(q, axis=-1, keepdims=True)
@@ -77,7 +78,7 @@ def matrix_from_quat_xyzw(quat_xyzw: np.ndarray) -> np.ndarray:
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-def pose(pos_m: np.ndarray, R: np.ndarray) -> np.ndarray:
+def pose(pos_m: ArrayLike, R: ArrayLike) -> np.ndarray:
     """Homogeneous matrix [..., 4, 4] from a position [..., 3] and a rotation [..., 3, 3]."""
     pos_m, R = np.asarray(pos_m, dtype=np.float64), np.asarray(R, dtype=np.float64)
     T = np.zeros((*pos_m.shape[:-1], 4, 4))
@@ -85,7 +86,7 @@ def pose(pos_m: np.ndarray, R: np.ndarray) -> np.ndarray:
     return T
 
 
-def integrate(T_base_target: np.ndarray, action: np.ndarray) -> np.ndarray:
+def integrate(T_base_target: ArrayLike, action: ArrayLike) -> np.ndarray:
     """The next commanded target: translation added in the base frame, R_next = R_target dR in the TCP frame.
 
     `T_base_target` [..., 4, 4] is the last *commanded* target, never the measured pose; `action` [..., 7].
@@ -97,7 +98,7 @@ def integrate(T_base_target: np.ndarray, action: np.ndarray) -> np.ndarray:
     return T
 
 
-def delta(T_from: np.ndarray, T_to: np.ndarray) -> np.ndarray:
+def delta(T_from: ArrayLike, T_to: ArrayLike) -> np.ndarray:
     """The six motion numbers with `integrate(T_from, delta + gripper) == T_to`. [..., 4, 4] -> [..., 6]."""
     T_from, T_to = np.asarray(T_from, dtype=np.float64), np.asarray(T_to, dtype=np.float64)
     dR = np.swapaxes(T_from[..., :3, :3], -1, -2) @ T_to[..., :3, :3]
@@ -113,14 +114,14 @@ def interpolate(T_from: np.ndarray, T_to: np.ndarray, share: float) -> np.ndarra
     return T
 
 
-def rotation_angle(R: np.ndarray) -> np.ndarray:
+def rotation_angle(R: ArrayLike) -> np.ndarray:
     """Angle of a rotation matrix in rad. [..., 3, 3] -> [...]."""
     R = np.asarray(R, dtype=np.float64)
     sine = 0.5 * np.linalg.norm(_skew_part(R), axis=-1)
     return np.arctan2(sine, 0.5 * (np.trace(R, axis1=-2, axis2=-1) - 1))
 
 
-def state_vector(T_base_tcp: np.ndarray, gripper_opening_m: float | np.ndarray) -> np.ndarray:
+def state_vector(T_base_tcp: np.ndarray, gripper_opening_m: ArrayLike) -> np.ndarray:
     """The observation's `state`, float32 [..., 7]: TCP position, rpy (roll in [0, 2 pi)), gripper opening."""
     rpy = rpy_from_matrix(T_base_tcp[..., :3, :3], roll_from_zero=True)
     opening = np.broadcast_to(np.asarray(gripper_opening_m, dtype=np.float64), rpy.shape[:-1])[..., None]
