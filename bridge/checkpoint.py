@@ -122,7 +122,11 @@ def verify_bundle(folder: Path) -> CheckpointInfo:
             raise CorruptData(f"{path} is not what the manifest says (SHA-256 differs)")
     if unknown := {path.name for path in folder.iterdir()} - {*files, MANIFEST, DONE}:
         raise CorruptData(f"{folder} holds files that its manifest does not list: {sorted(unknown)}")
-    if (found := Embodiment.load(folder / CONTRACT).contract_hash) != info.contract_hash:
+    try:
+        found = Embodiment.load(folder / CONTRACT).contract_hash
+    except ValueError as error:
+        raise CorruptData(str(error)) from error
+    if found != info.contract_hash:
         raise CorruptData(f"{folder / CONTRACT} has hash {found}; the manifest says {info.contract_hash}")
     return info
 

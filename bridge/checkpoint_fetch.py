@@ -241,12 +241,12 @@ class CheckpointSubscriber:
         if self._target is None or now_s < self._resume_s:
             return
         if self._assembly is None:
-            self._begin(now_s)
+            self._begin(self._target, now_s)
             return
         self._assembly.settle()
-        self._check_contract()
+        self._check_contract(self._target, self._assembly)
         if self._assembly.complete:
-            self._finish()
+            self._finish(self._target, self._assembly)
         elif self._end.ready:
             if now_s - self._block_s > self._block_silence_s:
                 self._block_s, self._block_silence_s = now_s, 2 * self._block_silence_s
@@ -254,13 +254,13 @@ class CheckpointSubscriber:
             if wanted := self._assembly.wants(WINDOW):
                 self._end.send(encode("want", {"hashes": wanted}))
 
-    def _begin(self, now_s: float) -> None:
+    def _begin(self, target: CheckpointInfo, now_s: float) -> None:
         """Use the bundle if it lies here already, else ask for its manifest."""
-        folder = bundle_path(self.root, self._target.version)
-        if _manifest_hash(folder) == self._target.manifest_sha256 and _is_whole(folder):
-            self._require_contract(folder)
-            self._hand_out(folder)
-        elif self._end.send(encode("want", {"hashes": [self._target.manifest_sha256]})):
+        folder = bundle_path(self.root, target.version)
+        if _manifest_hash(folder) == target.manifest_sha256 and _is_whole(folder):
+            self._require_contract(target, folder)
+            self._hand_out(target, folder)
+        elif self._end.send(encode("want", {"hashes": [target.manifest_sha256]})):
             self._resume_s = now_s + SILENCE_S  # ask again then, unless it comes before
 
     def _take(self, message: Message) -> None:
@@ -271,21 +271,21 @@ class CheckpointSubscriber:
             raise CorruptData(f"the publisher does not have block {str(sha)[:16]}")
         elif message.kind == "block" and self._target is not None and isinstance(data, memoryview):
             if self._assembly is None and sha == self._target.manifest_sha256:
-                self._take_manifest(bytes(data))
+                self._take_manifest(self._target, bytes(data))
             elif self._assembly is not None and isinstance(sha, str):
                 self._block_s, self._block_silence_s = self._heard_s, BLOCK_SILENCE_S
                 if self._assembly.put(sha, data):
                     self._counts["bytes_fetched"] += len(data)
 
-    def _take_manifest(self, manifest: bytes) -> None:
+    def _take_manifest(self, target: CheckpointInfo, manifest: bytes) -> None:
         info = info_of(manifest)
-        if info.manifest_sha256 != self._target.manifest_sha256 or info.version != self._target.version:
-            raise CorruptData(f"the manifest of version {self._target.version} is not the announced one")
+        if info.manifest_sha256 != target.manifest_sha256 or info.version != target.version:
+            raise CorruptData(f"the manifest of version {target.version} is not the announced one")
         files = read_files(manifest, MAX_BUNDLE_BYTES)
         if CONTRACT not in files:
             raise CorruptData(f"the bundle has no {CONTRACT}")
         incoming = self.root / INCOMING
-        name = self._target.manifest_sha256[:32]
+        name = target.manifest_sha256[:32]
         for other in incoming.glob("*"):
             if other.name != name:
                 shutil.rmtree(other)
@@ -294,7 +294,7 @@ class CheckpointSubscriber:
             incoming / name, dict(sorted(files.items(), key=_contract_first)), self._local(), WORKERS
         )
         self._counts["bytes_reused"] += self._assembly.bytes_local
-        self._check_contract()
+        self._check_contract(target, self._assembly)
 
     def _local(self) -> BlockSource:
         """Blocks of the bundles that are here: what did not change does not travel."""
@@ -306,32 +306,38 @@ class CheckpointSubscriber:
                 log.warning("%s is of no use: %s", folder, error)
         return source
 
-    def _check_contract(self) -> None:
+    def _check_contract(self, target: CheckpointInfo, assembly: Assembly) -> None:
         """Before gigabytes travel: is this bundle for our embodiment? `poll` raises SchemaMismatch if not."""
-        if not self._contract_seen and self._assembly.has(CONTRACT):
-            self._require_contract(self._assembly.folder)
+        if not self._contract_seen and assembly.has(CONTRACT):
+            self._require_contract(target, assembly.folder)
             self._contract_seen = True
 
-    def _require_contract(self, folder: Path) -> None:
-        theirs, version = Embodiment.load(folder / CONTRACT), self._target.version
+    def _require_contract(self, target: CheckpointInfo, folder: Path) -> None:
+        what = f"checkpoint version {target.version}"
         try:
-            self.embodiment.require_same(theirs, f"checkpoint version {version}", self._allow)
+            theirs = Embodiment.load(folder / CONTRACT)
+            if theirs.contract_hash != target.contract_hash:
+                raise SchemaMismatch(f"{what}: its contract is not the announced one ({target.contract_hash})")
+            self.embodiment.require_same(theirs, what, self._allow)
+        except ValueError as error:
+            self._give_up()
+            raise SchemaMismatch(f"{what}: {error}") from error
         except SchemaMismatch:
             self._give_up()  # until another one is announced
             raise
 
-    def _finish(self) -> None:
-        self._assembly.finish()
-        folder = bundle_path(self.root, self._target.version)
-        finish_bundle(self._assembly.folder, folder, self._manifest)
+    def _finish(self, target: CheckpointInfo, assembly: Assembly) -> None:
+        assert self._manifest is not None
+        assembly.finish()
+        folder = bundle_path(self.root, target.version)
+        finish_bundle(assembly.folder, folder, self._manifest)
         self._counts["bundles"] += 1
-        prune_bundles(self.root, self._keep, {self._target.version, self._target.parent_version, self._running})
-        self._hand_out(folder)
+        prune_bundles(self.root, self._keep, {target.version, target.parent_version, self._running})
+        self._hand_out(target, folder)
 
-    def _hand_out(self, folder: Path) -> None:
-        version = self._target.version
+    def _hand_out(self, target: CheckpointInfo, folder: Path) -> None:
         self._give_up()
-        log.info("version %d is ready in %s", version, folder)
+        log.info("version %d is ready in %s", target.version, folder)
         self._ready.put(folder)
 
 

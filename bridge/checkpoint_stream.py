@@ -132,7 +132,7 @@ class CheckpointPublisher:
             self._announcer.send_multipart(encode("announce", self._announced), zmq.NOBLOCK)
             self._counts["announced"] += 1
         if self._keep is not None:
-            self._prune({version, info.parent_version})
+            self._prune(self._keep, {version, info.parent_version})
         return info
 
     def _restore(self) -> None:
@@ -151,8 +151,8 @@ class CheckpointPublisher:
         self._source.add(folder, files)
         self._manifests[info.manifest_sha256] = folder
 
-    def _prune(self, protect: set[int]) -> None:
-        for folder in prune_bundles(self.root, self._keep, protect):
+    def _prune(self, keep: int, protect: set[int]) -> None:
+        for folder in prune_bundles(self.root, keep, protect):
             self._source.remove(folder)
             self._manifests = {sha: path for sha, path in self._manifests.items() if path != folder}
 

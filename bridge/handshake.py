@@ -185,6 +185,8 @@ class CallerEnd:
     def _meet(self, body: dict[str, Any]) -> None:
         """The listener has another contract: raise, naming the fields, unless a person allowed each of them."""
         self.ready, self._hello_due_s = False, time.monotonic() + HELLO_AGAIN_S
+        if self.embodiment is None:
+            raise SchemaMismatch(f"{self.endpoint} asks for a contract where none is compared")
         try:
             theirs = Embodiment.from_dict(body["contract"])
         except (KeyError, ValueError, TypeError) as error:
@@ -220,6 +222,7 @@ class ListenerEnd:
         """The next message of a welcomed caller, None when none came within `timeout_s`."""
         until_s = time.monotonic() + timeout_s
         while True:
+            frames: list[zmq.Frame] | None = []
             try:
                 frames = receive(self._socket, self.limits, leading=1)
                 if frames is None:
@@ -234,6 +237,7 @@ class ListenerEnd:
                 log.warning("%s: dropped a message: %s", self.endpoint, error)
                 continue
             except SchemaMismatch as error:
+                assert frames  # it was decoded
                 self._refuse(frames[0].bytes, str(error))
                 continue
             key = _key_of(frames[0]) if self._keys is not None else None
@@ -280,7 +284,7 @@ class ListenerEnd:
                 known = f"{peer.name} has role {peer.role}" if peer else "its key is not allowed"
                 return self._refuse(route, f"the caller claims role {role}, but {known}")
         ours = self.embodiment.contract_hash if self.embodiment else None
-        if ours is not None and ours not in (hello.get("contract_hash"), hello.get("accepted_hash")):
+        if self.embodiment and ours not in (hello.get("contract_hash"), hello.get("accepted_hash")):
             self.counts["refused"] += 1
             log.warning("%s: another contract: ours %s, theirs %s", self.endpoint, ours, hello.get("contract_hash"))
             self._send(route, encode("mismatch", {"contract": self.embodiment.to_dict()}))

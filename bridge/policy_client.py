@@ -94,10 +94,10 @@ class PolicyClient:
             raise BridgeError(f"{len(self._pending)} requests are in flight already; poll until one ends")
         request, self._next_id = self._next_id, self._next_id + 1
         now_s = time.monotonic()
-        body = observation_body(observation) | {"id": request, "budget_s": float(deadline_s)}
+        body = observation_body(observation)
         if self._picture_coding != "raw":
-            body["images"] = {name: compress(image, self._picture_coding) for name, image in body["images"].items()}
-        body["sent_ns"] = round(now_s * 1e9)
+            body["images"] = {name: compress(image, self._picture_coding) for name, image in observation.images.items()}
+        body |= {"id": request, "budget_s": float(deadline_s), "sent_ns": round(now_s * 1e9)}
         self._pending[request] = Pending(encode("infer", body), now_s + deadline_s, now_s)
         self._counts["submitted"] += 1
         self._send_pending()
@@ -188,8 +188,7 @@ class PolicyClient:
 
     def _answer(self, kind: str, body: dict[str, Any]) -> None:
         request = body.get("id")
-        pending = self._pending.pop(request, None) if isinstance(request, int) else None
-        if pending is None:
+        if not isinstance(request, int) or (pending := self._pending.pop(request, None)) is None:
             self._counts["late"] += 1
             return
         try:

@@ -88,6 +88,7 @@ class Shadow:
                 self._wake.wait_for(lambda: self._job is not None or self._stopped)
                 if self._stopped:
                     return
+                assert self._job is not None
                 (observations, actions, version), self._job = self._job, None
                 candidate = self._candidate
             if candidate is None:
