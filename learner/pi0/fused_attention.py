@@ -115,7 +115,7 @@ def tiling(batch: int, rows: int, keys: int, has_suffix: bool, processors: int) 
     Measured on an H200: large blocks once they fill it, small ones and splits of the keys before.
     """
     tiles = math.ceil(keys / BLOCK_N)
-    if batch * math.ceil(rows / 128) >= 2 * processors:
+    if batch * math.ceil(rows / 128) >= processors:
         return 128, 8, 2, tiles
     if not has_suffix:
         return 64, 4, 3, tiles

@@ -53,7 +53,7 @@ class Stream(NamedTuple):
 
 class Scene(NamedTuple):
     """What all layers of a pass share: cos and sin float32 [B, Q, 1, W/2], which prefix keys are real (bool [B, S]),
-    and the dtype of the arithmetic. `bias` is added to the attention scores; None: the fused kernel, which needs none."""
+    and the dtype of the arithmetic. `bias` is added to attention scores; None: the fused kernel, which needs none."""
 
     cos: Tensor
     sin: Tensor

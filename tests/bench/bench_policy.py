@@ -1,7 +1,7 @@
 """pi0.5 beside LeRobot 0.6.1's eager code: chunks, a PPO update, an SFT update, and that both compute the same.
 
     python -m tests.bench.bench_policy --out docs/results/policy.json      # full size, one GPU with 100 GB
-    python -m tests.bench.bench_policy --tiny --out /tmp/policy.json       # small model on the CPU: the ratio's direction
+    python -m tests.bench.bench_policy --tiny --out /tmp/policy.json       # small model on the CPU
 
 Both sides get the same random weights, the same inputs and the same noise. The peer runs as its users run it (dtype
 bfloat16, where it keeps the vision tower in float32). Times are medians after warm-up, with the device synchronised.
