@@ -3,8 +3,8 @@
 The Panda of ManiSkill and the FR3 share one kinematic chain up to joint limits, so a TCP target means the same in both.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pinocchio as pin
@@ -12,7 +12,7 @@ import sapien
 import torch
 from gymnasium import spaces
 from mani_skill import PACKAGE_ASSET_DIR
-from mani_skill.agents.controllers import PDJointPosControllerConfig, PDJointPosMimicControllerConfig
+from mani_skill.agents.controllers import PDJointPosControllerConfig
 from mani_skill.agents.controllers.pd_joint_pos import PDJointPosController
 from mani_skill.agents.registration import register_agent
 from mani_skill.agents.robots.panda.panda import Panda
@@ -58,7 +58,8 @@ class ArmKinematics:
 class TargetDeltaPoseController(PDJointPosController):
     """Six numbers of the contract's action, counted from the last commanded target (`bridge.pose.integrate`).
 
-    One scene at a time (CPU physics). `T_base_target` [4, 4] is the commanded TCP pose.
+    As on the arm, the target moves evenly over the policy period instead of jumping. One scene at a time (CPU physics).
+    `T_base_target` [4, 4] is the commanded TCP pose.
     """
 
     config: "TargetDeltaPoseControllerConfig"
@@ -66,30 +67,42 @@ class TargetDeltaPoseController(PDJointPosController):
     def _initialize_joints(self):
         super()._initialize_joints()
         self.kinematics = ArmKinematics()
-        self.T_base_target = np.eye(4)
-        self._q_target = np.zeros(7)
+        self._drives = [joint._objs[0].set_drive_target for joint in self.joints]
+        self._limit = np.repeat([self.config.max_translation_m, self.config.max_rotation_rad], 3)
 
     def _initialize_action_space(self):
-        limit = np.repeat([self.config.max_translation_m, self.config.max_rotation_rad], 3).astype(np.float32)
+        limit = self._limit.astype(np.float32)
         self.single_action_space = spaces.Box(-limit, limit, dtype=np.float32)
 
     def reset(self):
         super().reset()
-        self._q_target = self.qpos[0].cpu().numpy().astype(np.float64)
-        self.T_base_target = self.kinematics.forward(self._q_target)
+        self.hold(self.qpos[0].cpu().numpy().astype(np.float64))
+
+    def hold(self, q: np.ndarray) -> None:
+        """Take joint angles [7] as what was commanded last."""
+        self.q_target = np.array(q, dtype=np.float64)
+        self.T_base_target = self.kinematics.forward(self.q_target)
+        self._q_path, self._path_step = self.q_target[None], 0
+        self.before_simulation_step()
 
     def set_action(self, action: torch.Tensor):
         self.move_target(action[0].cpu().numpy())
 
-    def move_target(self, action: np.ndarray) -> np.ndarray:
-        """Integrate one action [6], clipped to the step limits, and drive the joints there. Returns angles [7]."""
-        space = self.single_action_space
-        step = np.append(np.clip(action, space.low, space.high), 0.0)
-        self.T_base_target = pose.integrate(self.T_base_target, step)
-        self._q_target = self.kinematics.solve(self.T_base_target, self._q_target)
-        for joint, angle in zip(self.joints, self._q_target, strict=True):
-            joint._objs[0].set_drive_target(float(angle))
-        return self._q_target
+    def move_target(self, action: np.ndarray) -> None:
+        """Integrate one action [6], clipped to the step limits; the joints follow over the next policy period."""
+        step = np.clip(action, -self._limit, self._limit)
+        self.T_base_target[:3, 3] += step[:3]
+        if step[3:].any():
+            self.T_base_target[:3, :3] = self.T_base_target[:3, :3] @ pose.matrix_from_rpy(step[3:])
+        q_start, self.q_target = self.q_target, self.kinematics.solve(self.T_base_target, self.q_target)
+        share = np.arange(1, self._sim_steps + 1)[:, None] / self._sim_steps
+        self._q_path, self._path_step = q_start + share * (self.q_target - q_start), 0
+
+    def before_simulation_step(self):
+        row = self._q_path[min(self._path_step, len(self._q_path) - 1)].tolist()
+        for set_drive_target, angle in zip(self._drives, row, strict=True):
+            set_drive_target(angle)
+        self._path_step += 1
 
     def get_state(self) -> dict:
         return {}
@@ -102,28 +115,96 @@ class TargetDeltaPoseControllerConfig(PDJointPosControllerConfig):
     controller_cls = TargetDeltaPoseController
 
 
+class GripperController(PDJointPosController):
+    """One number in [-1, 1] to both fingers: -1 closed, +1 open, linear in opening, at the hand's own speed."""
+
+    config: "GripperControllerConfig"
+
+    def _initialize_action_space(self):
+        self.single_action_space = spaces.Box(np.float32([-1.0]), np.float32([1.0]), dtype=np.float32)
+
+    def _initialize_joints(self):
+        super()._initialize_joints()
+        self._drives = [joint._objs[0].set_drive_target for joint in self.joints]
+        self._finger_step_m = 0.5 * self.config.speed_m_s * self.articulation.px.timestep
+
+    def reset(self):
+        super().reset()
+        self.hold(float(self.qpos[0].mean()))
+
+    def hold(self, finger_m: float) -> None:
+        self._finger_goal_m = self._finger_m = finger_m
+        self._drive()
+
+    def set_action(self, action: torch.Tensor):
+        self.command(float(action[0, 0]))
+
+    def command(self, value: float) -> None:
+        share = 0.5 * (min(max(value, -1.0), 1.0) + 1.0)
+        self._finger_goal_m = 0.5 * (self.config.closed_m + share * (self.config.open_m - self.config.closed_m))
+
+    def before_simulation_step(self):
+        to_go_m = self._finger_goal_m - self._finger_m
+        if to_go_m:
+            self._finger_m += min(max(to_go_m, -self._finger_step_m), self._finger_step_m)
+            self._drive()
+
+    def _drive(self) -> None:
+        for set_drive_target in self._drives:
+            set_drive_target(self._finger_m)
+
+    def get_state(self) -> dict:
+        return {}
+
+
+@dataclass
+class GripperControllerConfig(PDJointPosControllerConfig):
+    closed_m: float = 0.0
+    open_m: float = 0.08
+    speed_m_s: float = 0.1
+    controller_cls = GripperController
+
+
 @register_agent()
 class TwinPanda(Panda):
-    """Panda on the twin's table. Joint gains are what `cotwin twin` may fit; these follow the stand-in cell's lag."""
+    """Panda on the twin's table. `tuned` makes a variant with other gains."""
 
     uid = "twin_panda"
     urdf_path = URDF
+    gripper_speed_m_s = 0.1
+    gripper_range_m = (0.0, 0.08)
+    max_translation_m = max_rotation_rad = 0.1
+
+    @classmethod
+    def tuned(cls, **attributes: Any) -> type["TwinPanda"]:
+        return type(cls.__name__, (cls,), attributes)
 
     @property
     def _controller_configs(self):
-        gains = {"stiffness": self.arm_stiffness, "damping": self.arm_damping, "force_limit": self.arm_force_limit}
-        arm = TargetDeltaPoseControllerConfig(self.arm_joint_names, lower=None, upper=None, **gains)
-        arm.normalize_action = False
-        gripper = PDJointPosMimicControllerConfig(
+        arm = TargetDeltaPoseControllerConfig(
+            self.arm_joint_names,
+            lower=None,
+            upper=None,
+            stiffness=self.arm_stiffness,
+            damping=self.arm_damping,
+            force_limit=self.arm_force_limit,
+            normalize_action=False,
+            max_translation_m=self.max_translation_m,
+            max_rotation_rad=self.max_rotation_rad,
+        )
+        gripper = GripperControllerConfig(
             self.gripper_joint_names,
-            lower=0.0,
-            upper=0.04,
+            lower=None,
+            upper=None,
             stiffness=self.gripper_stiffness,
             damping=self.gripper_damping,
             force_limit=self.gripper_force_limit,
-            mimic={"panda_finger_joint2": {"joint": "panda_finger_joint1"}},
+            normalize_action=False,
+            closed_m=self.gripper_range_m[0],
+            open_m=self.gripper_range_m[1],
+            speed_m_s=self.gripper_speed_m_s,
         )
-        return deepcopy({CONTROL_MODE: {"arm": arm, "gripper": gripper}})
+        return {CONTROL_MODE: {"arm": arm, "gripper": gripper}}
 
 
 def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -> None:

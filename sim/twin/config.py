@@ -24,11 +24,13 @@ class TwinConfig:
     sim_freq: int = 100  # physics steps a second; a multiple of the policy rate
     picture_width: int = 128
     picture_height: int = 96
+    supersampling: int = 2  # pictures are drawn this many times larger and averaged down
     success: str = "stable"  # or legacy: the peer's geometric test, true also for a cube held above the plate
     reward: str = "sparse"
     arm_stiffness: float = 1000.0
     arm_damping: float = 100.0
-    gripper_force: float = 60.0
+    gripper_force: float = 60.0  # N, of each finger
+    gripper_speed_m_s: float = 0.1  # of the opening
     friction: float = 1.0
     cube_half_size_m: float = 0.02
     cube_center_m: list[float] = field(default_factory=lambda: [0.40, 0.20])
@@ -49,5 +51,6 @@ class TwinConfig:
         for key, allowed in (("task", TASKS), ("success", SUCCESS), ("reward", REWARDS)):
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} {getattr(self, key)!r}: allowed are {', '.join(allowed)}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps {self.max_steps}: allowed are 1 and more")
+        for key in ("max_steps", "picture_width", "picture_height", "supersampling"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} {getattr(self, key)}: allowed are 1 and more")

@@ -11,6 +11,7 @@ slower than 2 cm/s, and no finger touches it. `legacy` is the peer's predicate: 
 cube's centre 0 to 7 cm above the plate's, released or not.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from mani_skill.utils.structs.types import SimConfig
 from bridge import pose
 from bridge.embodiment import Camera, Embodiment
 from sim.twin.arm import CONTROL_MODE, TwinPanda, use_collision_shapes_as_visuals
-from sim.twin.config import TwinConfig
+from sim.twin.config import REWARDS, TwinConfig
 from sim.twin.shading import light_shader
 
 LEGACY_RADIUS_M = LEGACY_HEIGHT_M = 0.07
@@ -50,7 +51,8 @@ class Facts:
 
 @register_env("PutCubeOnPlate-v0", max_episode_steps=100)
 class PutCubeOnPlateEnv(BaseEnv):
-    SUPPORTED_ROBOTS = ["twin_panda"]
+    SUPPORTED_ROBOTS = None  # always a `TwinPanda` with the configured gains
+    SUPPORTED_REWARD_MODES = REWARDS
     agent: TwinPanda
 
     def __init__(self, *args, twin: TwinConfig | None = None, embodiment: Embodiment | None = None, **kwargs):
@@ -60,7 +62,16 @@ class PutCubeOnPlateEnv(BaseEnv):
             raise ValueError(
                 f"sim_freq {self.twin.sim_freq} is no multiple of the policy rate {self.embodiment.policy_rate_hz} Hz"
             )
-        kwargs = {"robot_uids": "twin_panda", "control_mode": CONTROL_MODE, "reward_mode": self.twin.reward} | kwargs
+        robot = TwinPanda.tuned(
+            arm_stiffness=self.twin.arm_stiffness,
+            arm_damping=self.twin.arm_damping,
+            gripper_force_limit=self.twin.gripper_force,
+            gripper_speed_m_s=self.twin.gripper_speed_m_s,
+            gripper_range_m=(self.embodiment.gripper_closed_m, self.embodiment.gripper_open_m),
+            max_translation_m=self.embodiment.max_translation_m,
+            max_rotation_rad=self.embodiment.max_rotation_rad,
+        )
+        kwargs = {"robot_uids": robot, "control_mode": CONTROL_MODE, "reward_mode": self.twin.reward} | kwargs
         super().__init__(*args, **kwargs)
 
     # --- what ManiSkill asks for --------------------------------------------------------------------------------------
@@ -74,8 +85,9 @@ class PutCubeOnPlateEnv(BaseEnv):
         return [self._camera(name, camera) for name, camera in sorted(self.embodiment.cameras.items())]
 
     def _camera(self, name: str, camera: Camera) -> CameraConfig:
-        """The contract's camera at the twin's picture size, in SAPIEN's axes. Pixel centres keep their rays."""
-        sx, sy = self.twin.picture_width / camera.width, self.twin.picture_height / camera.height
+        """The contract's camera at the size that is drawn, in SAPIEN's axes. Pixel centres keep their rays."""
+        width, height = (self.twin.supersampling * n for n in (self.twin.picture_width, self.twin.picture_height))
+        sx, sy = width / camera.width, height / camera.height
         K = np.array(
             [[camera.fx * sx, 0, (camera.cx + 0.5) * sx], [0, camera.fy * sy, (camera.cy + 0.5) * sy], [0, 0, 1]]
         )
@@ -83,8 +95,8 @@ class PutCubeOnPlateEnv(BaseEnv):
         return CameraConfig(
             uid=name,
             pose=sapien_camera_pose(camera.matrix),
-            width=self.twin.picture_width,
-            height=self.twin.picture_height,
+            width=width,
+            height=height,
             intrinsic=K,
             near=0.01,
             far=10.0,
@@ -134,7 +146,9 @@ class PutCubeOnPlateEnv(BaseEnv):
         cube_xy = rng.uniform(-1, 1, 2) * twin.cube_range_m + twin.cube_center_m
         plate_xy = rng.uniform(-1, 1, 2) * twin.plate_range_m + twin.plate_center_m
         apart = twin.plate_radius_m + 1.5 * twin.cube_half_size_m
-        while np.linalg.norm(cube_xy - plate_xy) < apart:
+        for _ in range(100):
+            if np.linalg.norm(cube_xy - plate_xy) >= apart:
+                break
             cube_xy = rng.uniform(-1, 1, 2) * twin.cube_range_m + twin.cube_center_m
         q = np.array(self.embodiment.home_joint_pos_rad) + rng.normal(0, twin.home_noise_rad, 7)
         finger = self.embodiment.gripper_open_m / 2
@@ -167,10 +181,10 @@ class PutCubeOnPlateEnv(BaseEnv):
         """One period of the contract's 7-D action, without observation, reward or picture."""
         arm, gripper = self._controllers
         arm.move_target(action[:6])
-        opening = float(self.embodiment.gripper_opening_m(action[6])) / 2
-        for joint in gripper.joints:
-            joint._objs[0].set_drive_target(opening)
+        gripper.command(float(action[6]))
         for _ in range(self._sim_steps_per_control):
+            arm.before_simulation_step()
+            gripper.before_simulation_step()
             self.scene.px.step()
         return self.facts()
 
@@ -194,13 +208,13 @@ class PutCubeOnPlateEnv(BaseEnv):
 
     def pictures(self) -> dict[str, np.ndarray]:
         """uint8 [H, W, 3] for each camera."""
-        self.scene.update_render(update_sensors=False, update_human_render_cameras=False)
-        out = {}
-        for name, sensor in self._sensors.items():
-            camera = sensor.camera._render_cameras[0]
-            camera.take_picture()
-            out[name] = camera.get_picture("Color")[..., :3]
-        return out
+        self.scene.sub_scenes[0].update_render()
+        cameras = {name: sensor.camera._render_cameras[0] for name, sensor in self._sensors.items()}
+        for camera in cameras.values():
+            camera.take_picture()  # all are under way before the first is waited for
+        return {
+            name: _area_mean(camera.get_picture("Color"), self.twin.supersampling) for name, camera in cameras.items()
+        }
 
     def state(self, facts: Facts) -> np.ndarray:
         """The observation's `state`, float32 [7]."""
@@ -223,7 +237,7 @@ class PutCubeOnPlateEnv(BaseEnv):
             np.hypot(*(cube[:2] - plate[:2])) <= twin.success_radius_m
             and abs(cube[2] - resting_z) < 0.01
             and np.linalg.norm(self._cube_body.linear_velocity) < STILL_M_PER_S
-            and not self._fingers_touch_cube()
+            and self._fingers_touching_cube() == 0
         )
 
     @staticmethod
@@ -238,28 +252,31 @@ class PutCubeOnPlateEnv(BaseEnv):
         self._cube_body = self.cube._objs[0].find_component_by_type(sapien.physx.PhysxRigidDynamicComponent)
         self._plate_body = self.plate._objs[0].find_component_by_type(find) or self.plate._objs[0].components[0]
         fingers = ("panda_leftfinger", "panda_rightfinger")
-        self._fingers = [self.agent.robot.links_map[name]._objs[0] for name in fingers]
+        self._fingers = {self.agent.robot.links_map[name]._objs[0] for name in fingers}
         controllers = self.agent.controller.controllers
         self._controllers = (controllers["arm"], controllers["gripper"])
         self._nominal_camera_poses = {
             name: sensor.camera._render_cameras[0].local_pose for name, sensor in self._sensors.items()
         }
 
-    def _fingers_touch_cube(self) -> bool:
-        fingers = set(self._fingers)
+    def _fingers_touching_cube(self) -> int:
+        """How many fingers press on the cube. Contacts live on their pairs of bodies, so this walks few."""
+        touching = set()
         for contact in self.scene.px.get_contacts():
             others = set(contact.bodies) - {self._cube_body}
-            if len(others) == 1 and others <= fingers and any(np.any(point.impulse) for point in contact.points):
-                return True
-        return False
+            if len(others) == 1 and others <= self._fingers and any(point.impulse.any() for point in contact.points):
+                touching |= others
+        return len(touching)
 
     def _note_stages(self, T_base_tcp: np.ndarray, cube: np.ndarray, plate: np.ndarray) -> None:
-        s, touching = self._stages, self._fingers_touch_cube()
-        lifted = cube[2] > 2 * self.twin.cube_half_size_m
-        s["reached"] |= bool(np.linalg.norm(T_base_tcp[:3, 3] - cube) < 0.03)
-        s["grasped"] |= (touching and lifted) or (touching and s["reached"])
-        s["lifted"] |= bool(touching and lifted)
-        s["over_plate"] |= bool(s["lifted"] and np.hypot(*(cube[:2] - plate[:2])) < self.twin.success_radius_m)
+        s, distance = self._stages, math.dist(T_base_tcp[:3, 3], cube)
+        if distance > 0.08:  # no finger can reach the cube; asking for contacts is the costly part
+            return
+        held = self._fingers_touching_cube() == 2
+        s["reached"] |= distance < 0.03
+        s["grasped"] |= held
+        s["lifted"] |= held and bool(cube[2] > 2 * self.twin.cube_half_size_m)
+        s["over_plate"] |= s["lifted"] and math.dist(cube[:2], plate[:2]) < self.twin.success_radius_m
 
     def _forget_contacts(self) -> None:
         """One step with everything apart, so that no contact of the last episode warm-starts this one's: the same seed
@@ -271,8 +288,9 @@ class PutCubeOnPlateEnv(BaseEnv):
         self.scene.px.step()
 
     def _hold_home(self, q: np.ndarray, finger: float) -> None:
-        for joint, angle in zip(self._robot.active_joints, [*q, finger, finger], strict=True):
-            joint.set_drive_target(float(angle))
+        arm, gripper = self._controllers
+        arm.hold(q)
+        gripper.hold(finger)
         self._robot.qvel = np.zeros(9, dtype=np.float32)
         self._robot.qf = np.zeros(9, dtype=np.float32)
 
@@ -280,15 +298,13 @@ class PutCubeOnPlateEnv(BaseEnv):
         """The last draws of an episode, so that worlds with and without pictures have the same states."""
         if not self.scene.can_render():
             return
-        r = self.twin.randomization
-        brightness = 1.0 + rng.uniform(-r.light, r.light)
-        self._sun.color = [1.6 * brightness] * 3
-        for body, colour in (
-            (self.table, self.twin.table_colour),
-            (self.plate, self.twin.plate_colour),
-        ):
-            shifted = np.clip(np.array(colour) + rng.uniform(-r.colour, r.colour, 3), 0, 1)
-            _repaint(body._objs[0], shifted)
+        r, twin = self.twin.randomization, self.twin
+        self._sun.color = [1.6 * (1.0 + rng.uniform(-r.light, r.light))] * 3
+        self.scene.sub_scenes[0].set_ambient_light([0.35 * (1.0 + rng.uniform(-r.light, r.light))] * 3)
+        arm = [link.entity for link in self._robot.links]
+        table, plate = [self.table._objs[0]], [self.plate._objs[0]]
+        for entities, colour in ((table, twin.table_colour), (plate, twin.plate_colour), (arm, twin.arm_colour)):
+            _repaint(entities, np.clip(np.array(colour) + rng.uniform(-r.colour, r.colour, 3), 0, 1))
         for name, nominal in self._nominal_camera_poses.items():
             turn = pose.matrix_from_rpy(rng.uniform(-1, 1, 3) * r.camera_rot_rad)
             shift = pose.pose(rng.uniform(-1, 1, 3) * r.camera_pos_m, turn)
@@ -303,6 +319,17 @@ def sapien_camera_pose(T_mount_cam: np.ndarray) -> sapien.Pose:
     return sapien.Pose(T.astype(np.float32))
 
 
+def _area_mean(rgba: np.ndarray, share: int) -> np.ndarray:
+    """uint8 [H * share, W * share, 4] -> uint8 [H, W, 3], as area resizing would."""
+    if share == 1:
+        return np.ascontiguousarray(rgba[..., :3])
+    parts = [rgba[i::share, j::share, :3] for i in range(share) for j in range(share)]
+    total = parts[0].astype(np.uint16)
+    for part in parts[1:]:
+        total += part
+    return ((total + share * share // 2) // (share * share)).astype(np.uint8)
+
+
 def _paint(colour) -> sapien.render.RenderMaterial:
     material = sapien.render.RenderMaterial()
     material.base_color = [*map(float, colour), 1.0]
@@ -310,8 +337,11 @@ def _paint(colour) -> sapien.render.RenderMaterial:
     return material
 
 
-def _repaint(entity: sapien.Entity, colour: np.ndarray) -> None:
-    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-    for shape in body.render_shapes:
-        for part in shape.parts:
-            part.material.base_color = [*map(float, colour), 1.0]
+def _repaint(entities: list[sapien.Entity], colour: np.ndarray) -> None:
+    """Fingers keep their own dark colour."""
+    for entity in entities:
+        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+        for shape in [] if body is None or "finger" in entity.name else body.render_shapes:
+            parts = shape.parts if hasattr(shape, "parts") else [shape]
+            for part in parts:
+                part.material.base_color = [*map(float, colour), 1.0]
