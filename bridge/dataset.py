@@ -22,7 +22,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bridge import durable
-from bridge.dataset_schema import CODEBASE_VERSION, features, image_key
+from bridge.dataset_layout import (
+    CARD,
+    CHUNK,
+    CONTRACT,
+    INFO,
+    RECORDS,
+    STATS,
+    TASKS,
+    data_file,
+    episode_file,
+    file_name,
+    new_info,
+)
+from bridge.dataset_schema import features, image_key
 from bridge.embodiment import Embodiment
 from bridge.episode import (
     ROWS_FILE,
@@ -36,45 +49,14 @@ from bridge.episode import (
 )
 from bridge.errors import CorruptData, SchemaMismatch
 from bridge.statistics import column_stats, pixel_stats
-from bridge.video import OPTIONS, PIXEL_FORMAT, decode_frames
+from bridge.video import decode_frames
 
 __all__ = ["DatasetStore", "EpisodeWriter", "decode_frames", "read_episode", "video_path"]
-
-CHUNK = 1000  # files in one folder
-FILE = "chunk-{:03d}/file-{:03d}"
-INFO, STATS, TASKS, CONTRACT = "meta/info.json", "meta/stats.json", "meta/tasks.parquet", "meta/contract.json"
-RECORDS = "meta/episode_records"  # the episode.json of each episode: identity, contract, picture histograms
-VIDEO_INFO = {
-    "video.codec": "h264",
-    "video.pix_fmt": PIXEL_FORMAT,
-    "video.g": int(OPTIONS["g"]),
-    "video.crf": int(OPTIONS["crf"]),
-    "video.preset": OPTIONS["preset"],
-    "is_depth_map": False,
-    "has_audio": False,
-}
-CARD = """---
-task_categories: [robotics]
-tags: [LeRobot]
-configs: [{{config_name: default, data_files: data/*/*.parquet}}]
----
-# {repo_id}
-
-LeRobotDataset v3 of a {robot}: `LeRobotDataset("{repo_id}", root=THIS_FOLDER, video_backend="pyav")`.
-`meta/contract.json` says what the numbers mean; the episode table says domain and success of every episode.
-"""
-INDEX_FEATURES: dict[str, dict[str, Any]] = {
-    "timestamp": {"dtype": "float32", "shape": (1,), "names": None},
-    "frame_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "episode_index": {"dtype": "int64", "shape": (1,), "names": None},
-    "index": {"dtype": "int64", "shape": (1,), "names": None},
-    "task_index": {"dtype": "int64", "shape": (1,), "names": None},
-}
 
 
 def read_episode(root: Path, index: int) -> dict[str, np.ndarray]:
     """All rows of one episode: [N] for scalars, [N, D] for vectors. IndexError when there is no such episode."""
-    path = root / _data_file(index)
+    path = root / data_file(index)
     if index < 0 or not path.is_file():
         raise IndexError(f"{root} has no episode {index}")
     return from_table(pq.read_table(path))
@@ -82,7 +64,7 @@ def read_episode(root: Path, index: int) -> dict[str, np.ndarray]:
 
 def video_path(root: Path, camera: str, index: int) -> Path:
     """The MP4 of one camera of one episode; frame k belongs to row k."""
-    return root / "videos" / image_key(camera) / (_file(index) + ".mp4")
+    return root / "videos" / image_key(camera) / (file_name(index) + ".mp4")
 
 
 class DatasetStore:
@@ -112,7 +94,7 @@ class DatasetStore:
         durable.make_folder(root / RECORDS)
         durable.write_text(root / "README.md", CARD.format(repo_id=repo_id, robot=embodiment.name))
         durable.write_text(root / CONTRACT, _json(embodiment.to_dict()))
-        durable.write_text(root / INFO, _json(_new_info(embodiment, fps, image_size)))
+        durable.write_text(root / INFO, _json(new_info(embodiment, fps, image_size)))
         return cls.open(root, embodiment)
 
     @classmethod
@@ -196,7 +178,7 @@ class DatasetStore:
                     return episode["episode_index"]
             self._check(folder, record)
             line, rows = self._store_files(folder, record)
-            _write_table(self.root / _episode_file(self.num_episodes), pa.Table.from_pylist([line]))
+            _write_table(self.root / episode_file(self.num_episodes), pa.Table.from_pylist([line]))
             self._remember(line, rows, record)
             self._write_summaries()
         return line["episode_index"]
@@ -229,7 +211,7 @@ class DatasetStore:
             durable.place(folder / f"{camera}.mp4", target)
         rows = self._with_indices(from_table(pq.read_table(folder / ROWS_FILE)), record)
         columns = {key: f for key, f in self._info["features"].items() if f["dtype"] != "video"}
-        _write_table(self.root / _data_file(index), to_table(rows, columns))
+        _write_table(self.root / data_file(index), to_table(rows, columns))
         durable.write_text(self._record_path(index), record.to_json())
         if record.instruction not in self.tasks:
             _write_tasks(self.root / TASKS, [*self.tasks, record.instruction])
@@ -308,7 +290,7 @@ class DatasetStore:
             yield
 
     def _read_new_episodes(self) -> None:
-        while (path := self.root / _episode_file(self.num_episodes)).is_file():
+        while (path := self.root / episode_file(self.num_episodes)).is_file():
             names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
             (line,) = pq.read_table(path, columns=names).to_pylist()
             if line["episode_index"] != self.num_episodes or line["dataset_from_index"] != self.num_frames:
@@ -321,25 +303,13 @@ class DatasetStore:
             path.unlink()
         orphan = self.num_episodes  # an append that did not reach the episode table is at most one
         leftovers = [video_path(self.root, camera, orphan) for camera in self.embodiment.cameras]
-        for path in [*leftovers, self.root / _data_file(orphan), self._record_path(orphan)]:
+        for path in [*leftovers, self.root / data_file(orphan), self._record_path(orphan)]:
             path.unlink(missing_ok=True)
         if self._info["total_episodes"] != self.num_episodes:
             self._write_summaries()
 
     def _record_path(self, index: int) -> Path:
         return self.root / RECORDS / f"episode-{index:06d}.json"
-
-
-def _file(index: int) -> str:
-    return FILE.format(*divmod(index, CHUNK))
-
-
-def _data_file(index: int) -> str:
-    return f"data/{_file(index)}.parquet"
-
-
-def _episode_file(index: int) -> str:
-    return f"meta/episodes/{_file(index)}.parquet"
 
 
 def _json(value: Any) -> str:
@@ -359,31 +329,3 @@ def _write_tasks(path: Path, tasks: list[str]) -> None:
 
     frame = pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(tasks, name="task"))
     durable.write_bytes(path, frame.to_parquet())
-
-
-def _new_info(embodiment: Embodiment, fps: int, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    all_features = features(embodiment, image_size) | INDEX_FEATURES
-    for feature in all_features.values():
-        if feature["dtype"] == "video":
-            height, width, channels = feature["shape"]
-            feature["info"] = VIDEO_INFO | {
-                "video.height": height,
-                "video.width": width,
-                "video.channels": channels,
-                "video.fps": fps,
-            }
-    return {
-        "codebase_version": CODEBASE_VERSION,
-        "robot_type": embodiment.name,
-        "total_episodes": 0,
-        "total_frames": 0,
-        "total_tasks": 0,
-        "chunks_size": CHUNK,
-        "data_files_size_in_mb": 100,
-        "video_files_size_in_mb": 200,
-        "fps": int(fps),
-        "splits": {},
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-        "features": {key: feature | {"shape": list(feature["shape"])} for key, feature in all_features.items()},
-    }

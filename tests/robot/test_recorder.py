@@ -3,7 +3,8 @@ import pytest
 
 from bridge import pose
 from bridge.dataset import DatasetStore, decode_frames, read_episode
-from robot.recorder import Aligner, EpisodeRecorder, RecorderConfig, RecordingBroken, Track, hold, linear
+from robot.recorder import Aligner, EpisodeRecorder, RecorderConfig, RecordingBroken
+from robot.track import Track, hold, linear
 from tests.bridge.small_episodes import FPS, HEIGHT, WIDTH, small_embodiment
 
 PERIOD_NS = 33_333_333
