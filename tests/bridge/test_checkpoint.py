@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
+from bridge import checkpoint_fetch
 from bridge.announcement import pack_announcement
 from bridge.checkpoint import bundle_path, latest_bundle, prune_bundles, read_manifest, verify_bundle, write_bundle
 from bridge.checkpoint_stream import CheckpointPublisher, CheckpointSubscriber, Rate
@@ -260,7 +261,7 @@ def test_a_publisher_that_restarts_goes_on(tmp_path):
 
 def test_a_bundle_of_another_embodiment_is_refused_before_it_travels(tmp_path):
     other = Embodiment(cameras=EMBODIMENT.cameras, policy_rate_hz=20.0)
-    bundle(tmp_path / "from", 1, embodiment=other, size=1_000_000)
+    bundle(tmp_path / "from", 1, embodiment=other, size=300_000)
     with publishing(tmp_path / "from", max_bytes_per_s=20e6) as publisher:
         publisher.announce(1)
         with subscribing(publisher, tmp_path / "to") as subscriber:
@@ -272,7 +273,8 @@ def test_a_bundle_of_another_embodiment_is_refused_before_it_travels(tmp_path):
             assert wait_for(knowingly.poll).name == "000001"
 
 
-def test_a_tampered_block_never_becomes_a_bundle(tmp_path):
+def test_a_tampered_block_never_becomes_a_bundle(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_fetch, "BACK_OFF_S", 0.2)
     bundle(tmp_path / "from", 1)
     with publishing(tmp_path / "from") as publisher, subscribing(publisher, tmp_path / "to") as subscriber:
         honest = publisher._block

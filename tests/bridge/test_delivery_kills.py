@@ -69,7 +69,7 @@ def deliver_with_kills(tmp_path, kills: int, seed: int, size: int, longest_s: fl
 
 
 def test_delivery_survives_kills(tmp_path):
-    deliver_with_kills(tmp_path, kills=4, seed=3, size=300_000, longest_s=1.0)
+    deliver_with_kills(tmp_path, kills=3, seed=3, size=300_000, longest_s=0.8)
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def require_every_episode_once(tmp_path, held: dict[str, int]) -> None:
 
 
 def test_kills_lose_and_repeat_nothing(tmp_path):
-    held = kill_both_at_random(tmp_path, num_episodes=6, kills_each=2, seed=1, longest_s=1.5)
+    held = kill_both_at_random(tmp_path, num_episodes=5, kills_each=2, seed=1, longest_s=1.0)
     require_every_episode_once(tmp_path, held)
 
 
