@@ -72,6 +72,13 @@ class GaussianCloud:
         M = matrix_from_quat_wxyz(self.quats_wxyz) * self.log_scales.exp()[:, None, :]
         return M @ M.mT
 
+    @cached_property
+    def planes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means [3, G], covariances [6, G] (xx xy xz yy yz zz) and coefficients [K, 3, G]: G runs fastest, so that
+        neighbouring threads of a GPU read neighbouring numbers."""
+        covariances = self.covariances_m2[:, (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)]
+        return self.means_m.T.contiguous(), covariances.T.contiguous(), self.sh.permute(1, 2, 0).contiguous()
+
     def to(self, device: torch.device | str) -> "GaussianCloud":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "segment_names"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})

@@ -56,7 +56,7 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
     Values of a Gaussian with radius 0 are undefined (not written).
     """
     I, S, G = len(K), T_cam_segment.shape[1], len(cloud)
-    means, covariances, sh = _planes(cloud)
+    means, covariances, sh = cloud.planes
     seen = reference.Projection(
         means_px=K.new_empty(I, G, 2),
         conics_px=K.new_empty(I, G, 3),
@@ -72,20 +72,6 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
             G, S, width, height, cloud.degree, BLOCK,  # ty: ignore[invalid-argument-type]
         )  # fmt: skip
     return seen
-
-
-def _planes(cloud: GaussianCloud) -> tuple[Tensor, Tensor, Tensor]:
-    """The cloud with G as the fastest axis, so that neighbouring threads read neighbouring numbers; made once.
-
-    means [3, G], covariances [6, G] (xx xy xz yy yz zz), sh [K, 3, G].
-    """
-    planes = cloud.__dict__.get("_planes")
-    if planes is None:
-        rows, columns = (0, 0, 0, 1, 1, 2), (0, 1, 2, 1, 2, 2)
-        covariances = cloud.covariances_m2[:, rows, columns]
-        planes = cloud.means_m.T.contiguous(), covariances.T.contiguous(), cloud.sh.permute(1, 2, 0).contiguous()
-        cloud.__dict__["_planes"] = planes
-    return planes
 
 
 @triton.jit

@@ -20,6 +20,7 @@ MIN_TRANSMITTANCE = 1e-4  # a Gaussian that would leave less light than this end
 MAX_EXTENT = 3.33  # standard deviations, where alpha of an opaque Gaussian has fallen to MIN_ALPHA
 FRUSTUM_MARGIN = 0.3  # of half a field of view: how far outside it the projection is linearised at most
 TILE_PX = 16
+BLOCK = 128  # Gaussians that are blended at once
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,21 @@ def blend(seen: Projection, opacities: Tensor, features: Tensor, width: int, hei
             if not len(hits):
                 continue
             rows, columns = slice(top, min(top + TILE_PX, height)), slice(left, min(left + TILE_PX, width))
-            weights = _weights(means_px[hits], conics_px[hits], opacities[hits], rows, columns)
-            picture[rows, columns] = weights @ features[hits]
-            alpha[rows, columns] = weights.sum(dim=-1)
+            light = alpha.new_ones(alpha[rows, columns].shape)
+            for some in hits.split(BLOCK):
+                weights, light = _weights(means_px[some], conics_px[some], opacities[some], rows, columns, light)
+                picture[rows, columns] += weights @ features[some]
+                alpha[rows, columns] += weights.sum(dim=-1)
+                if light.max() <= MIN_TRANSMITTANCE:
+                    break  # nothing behind is seen anywhere in the tile
     return picture, alpha
 
 
-def _weights(means_px: Tensor, conics_px: Tensor, opacities: Tensor, rows: slice, columns: slice) -> Tensor:
-    """What each of L Gaussians, nearest first, gives to each pixel of a tile: [rows, columns, L]."""
+def _weights(
+    means_px: Tensor, conics_px: Tensor, opacities: Tensor, rows: slice, columns: slice, light: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each of L Gaussians, nearest first, gives to each pixel of a tile, [rows, columns, L], and the light [rows,
+    columns] that gets through them, of what there was."""
     y = torch.arange(rows.start, rows.stop, device=means_px.device) + 0.5
     x = torch.arange(columns.start, columns.stop, device=means_px.device) + 0.5
     dx = (means_px[:, 0] - x[:, None])[None]
@@ -112,6 +120,6 @@ def _weights(means_px: Tensor, conics_px: Tensor, opacities: Tensor, rows: slice
     exponent = 0.5 * (xx * dx * dx + yy * dy * dy) + xy * dx * dy
     alpha = (opacities * torch.exp(-exponent)).clamp_max(MAX_ALPHA)
     alpha = torch.where((exponent < 0) | (alpha < MIN_ALPHA), 0.0, alpha)
-    after = torch.cumprod(1 - alpha, dim=-1)
-    before = torch.nn.functional.pad(after[..., :-1], (1, 0), value=1.0)
-    return alpha * before * (after > MIN_TRANSMITTANCE)
+    after = light[..., None] * torch.cumprod(1 - alpha, dim=-1)
+    before = torch.cat([light[..., None], after[..., :-1]], dim=-1)
+    return alpha * before * (after > MIN_TRANSMITTANCE), after[..., -1]
