@@ -69,7 +69,7 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
         _project[(I, triton.cdiv(G, BLOCK))](
             means, covariances, cloud.opacities, sh, cloud.segment_ids, T_cam_segment.contiguous(), K.contiguous(),
             seen.means_px, seen.conics_px, seen.depths_m, seen.radii_px, seen.colours,
-            G, S, width, height, cloud.degree, BLOCK,  # ty: ignore[invalid-argument-type]
+            G, S, width, height, cloud.degree, BLOCK,
         )  # fmt: skip
     return seen
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sim.splat import harmonics, sample
+from sim.splat import harmonics, reference, sample
 from sim.splat.cloud import GaussianCloud, merge
 from sim.splat.render import Cameras, render, to_uint8
 from tests.sim.splat.scenes import SEGMENTS, cameras, mask, poses, psnr_db, rigid, tabletop
@@ -93,6 +93,15 @@ def test_batch_equals_one_at_a_time():
             alone = render(cloud, T[n : n + 1], cams.select(slice(n, n + 1), slice(m, m + 1)), segments=True)
             assert psnr_db(together.rgb[n, m], alone.rgb[0, 0]) > 45
             assert torch.equal(mask(together)[n, m], mask(alone)[0, 0])
+
+
+def test_blending_in_blocks_of_any_size_gives_the_same(monkeypatch):
+    cloud, T, cams = tabletop(600), poses(1), cameras(1)
+    expected = render(cloud, T, cams)
+    monkeypatch.setattr(reference, "BLOCK", 3)
+    output = render(cloud, T, cams)
+    torch.testing.assert_close(output.rgb, expected.rgb, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.alpha, expected.alpha, atol=1e-5, rtol=0)
 
 
 def test_calls_of_any_size_give_the_same():
