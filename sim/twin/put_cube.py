@@ -177,6 +177,12 @@ class PutCubeOnPlateEnv(BaseEnv):
 
     # --- the direct path: one scene, numpy, pictures only when somebody looks -----------------------------------------
 
+    def begin(self, seed: int) -> None:
+        """Begin the episode of `seed`: ManiSkill's `reset` without what nobody looks at here."""
+        self._episode_seed[0] = seed
+        self._elapsed_steps[:] = 0
+        self._initialize_episode(torch.zeros(1, dtype=torch.int64), {})
+
     def policy_step(self, action: np.ndarray) -> Facts:
         """One period of the contract's 7-D action, without observation, reward or picture."""
         arm, gripper = self._controllers

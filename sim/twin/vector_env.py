@@ -13,23 +13,25 @@ on how many workers share the work.
 
 import contextlib
 import logging
-import multiprocessing as mp
-import os
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
 
 from bridge.embodiment import Embodiment
-from bridge.pose import ACTION_DIM, STATE_DIM
+from bridge.pose import ACTION_DIM
 from sim.twin.config import TwinConfig
+from sim.twin.worker import Setup, Twin, Worker, start
+
+__all__ = ["ChunkResult", "Twin", "TwinObservation", "TwinVectorEnv"]
 
 log = logging.getLogger(__name__)
 
-START_LIMIT_S = 300.0
+ANSWER_LIMIT_S = 300.0  # a worker that is silent for so long is as good as dead; the first answer waits for imports
+Answers = dict[int, dict[str, Any]]
 
 
 @dataclass
@@ -48,7 +50,8 @@ class ChunkResult:
     rest of its actions unexecuted (`valid` False, no reward). success bool [n], episode_len int [n] and seeds int [n]
     are of the episode that the chunk belonged to, up to its last step. observation: after the chunk, of the next
     episode where one ended. final_observation: the last of the episode that the chunk belonged to (the same as
-    `observation` where none ended). lost bool [n]: its worker died, nothing here is to be used.
+    `observation` where none ended). lost bool [n]: its worker died, nothing here is to be used but `observation`, which
+    is the first of a new episode.
     """
 
     observation: TwinObservation
@@ -63,77 +66,15 @@ class ChunkResult:
     lost: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """What a worker needs to build its environments and to find its place in the shared pictures."""
+@dataclass
+class _Request:
+    """Something asked of the workers and not yet answered. parts: (worker, its incarnation, environments)."""
 
-    config: TwinConfig
-    embodiment: Embodiment
-    env_ids: tuple[int, ...]
-    seed: int
-    auto_reset: bool
-    render: bool
-    memory: dict[str, str]  # camera -> name of the shared memory, [2, num_envs, H, W, 3]: current and final
-    num_envs: int
-
-
-class Twin:
-    """One environment: an episode at a time, in this process. The vectorised environment is many of these."""
-
-    def __init__(self, config: TwinConfig, embodiment: Embodiment, stream: Sequence[int] = (0, 0), render: bool = True):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        import gymnasium as gym
-
-        import sim.twin.put_cube  # noqa: F401  registers the task
-
-        self.config, self.embodiment, self.render = config, embodiment, render
-        arguments: dict[str, Any] = {
-            "num_envs": 1,
-            "sim_backend": "physx_cpu",
-            "twin": config,
-            "embodiment": embodiment,
-        }
-        arguments |= {"obs_mode": "rgb" if render else "state", "render_backend": "cpu" if render else "none"}
-        self.env = gym.make(config.task, **arguments).unwrapped
-        self._seeds = np.random.default_rng(list(stream))
-        self.seed, self.steps, self.ended = -1, 0, True
-        self.facts: Any = None
-
-    def reset(self, seed: int | None = None) -> None:
-        """Begin the episode of `seed`, or of the next seed of this environment's stream."""
-        self.seed = int(self._seeds.integers(2**31)) if seed is None else int(seed)
-        self.env._clear_sim_state()
-        self.env.reset(seed=self.seed)
-        self.facts, self.steps, self.ended = self.env.facts(), 0, False
-
-    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Reward, terminated, truncated of one policy step."""
-        assert not self.ended, "step after the end of an episode"
-        self.facts = self.env.policy_step(np.asarray(action, dtype=np.float64))
-        self.steps += 1
-        reward = self.env.dense_reward(self.facts) if self.config.reward == "dense" else float(self.facts.success)
-        truncated = not self.facts.success and self.steps >= self.config.max_steps
-        self.ended = self.facts.success or truncated
-        return reward, self.facts.success, truncated
-
-    def step_chunk(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        """Run actions [C, 7] until they or the episode end. Arrays [C], see ChunkResult."""
-        num = len(actions)
-        out = {"reward": np.zeros(num, np.float32)}
-        out |= {key: np.zeros(num, bool) for key in ("terminated", "truncated", "valid")}
-        for index, action in enumerate(actions):
-            if self.ended:
-                break
-            out["valid"][index] = True
-            out["reward"][index], out["terminated"][index], out["truncated"][index] = self.step(action)
-        return out
-
-    def pictures(self) -> dict[str, np.ndarray]:
-        return self.env.pictures() if self.render else {}
-
-    @property
-    def state(self) -> np.ndarray:
-        return self.env.state(self.facts)
+    what: str
+    ids: list[int]
+    num_actions: int = 0
+    parts: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    answers: Answers = field(default_factory=dict)
 
 
 class TwinVectorEnv:
@@ -155,78 +96,93 @@ class TwinVectorEnv:
         self.config, self.embodiment, self.num_envs = config, embodiment, num_envs
         self.instruction = embodiment.instructions[0] if embodiment.instructions else ""
         cameras = sorted(embodiment.cameras) if render else []
+        shares = np.array_split(np.arange(num_envs), max(num_workers, 1))
         shape = (2, num_envs, config.picture_height, config.picture_width, 3)
         self._memory = {name: SharedMemory(create=True, size=int(np.prod(shape))) for name in cameras}
         self._pictures = {name: np.ndarray(shape, np.uint8, memory.buf) for name, memory in self._memory.items()}
-        shares = np.array_split(np.arange(num_envs), max(num_workers, 1))
         names = {name: memory.name for name, memory in self._memory.items()}
         self._setups = [
-            _Setup(config, embodiment, tuple(map(int, ids)), seed, auto_reset, render, names, num_envs)
-            for ids in shares
+            Setup(config, embodiment, tuple(map(int, share)), num_envs, seed, auto_reset, render, names)
+            for share in shares
         ]
-        self._worker_of = {env: worker for worker, setup in enumerate(self._setups) for env in setup.env_ids}
-        self._sent: list[tuple[int, list[int]]] = []
-        self._chunk = 1  # actions of the chunk under way
-        self._local = _Worker(self._setups[0]) if num_workers == 0 else None
-        self._processes: list[Any] = [None] * len(self._setups)
-        self._pipes: list[Connection | None] = [None] * len(self._setups)
-        if num_workers:
-            for worker in range(num_workers):
-                self._start(worker)
+        self._requests: deque[_Request] = deque()
+        self._local = Worker(self._setups[0]) if num_workers == 0 else None
+        self._incarnations = [0] * num_workers
+        self._workers = [start(setup, 0) for setup in self._setups] if num_workers else []
+        self._fresh: list[Answers] = [{} for _ in self._setups]  # first observations after a worker was replaced
 
     def reset(self, seeds: Sequence[int] | None = None, env_ids: Sequence[int] | None = None) -> TwinObservation:
         """Begin episodes of the given seeds (None: the next of each environment's own stream)."""
         ids = self._ids(env_ids)
-        self._call("reset", ids, [None] * len(ids) if seeds is None else [int(seed) for seed in seeds])
-        return self._observation(self._receive(), ids)
+        if seeds is not None and len(seeds) != len(ids):
+            raise ValueError(f"{len(seeds)} seeds for {len(ids)} environments: one for each is needed")
+        seeds_of = [None] * len(ids) if seeds is None else [int(seed) for seed in seeds]
+        request = self._ask("reset", ids, seeds_of)
+        self._complete(request)
+        return self._observation(request)
 
     def step_chunk(self, actions: np.ndarray, env_ids: Sequence[int] | None = None) -> ChunkResult:
         """float32 [n, C, 7], actions in the contract's units (clipped to its step limits by the controller)."""
+        if self._requests:
+            raise ValueError("chunks are under way: recv() them before the next step_chunk(), or use send() alone")
         self.send(actions, env_ids)
         return self.recv()
 
     def send(self, actions: np.ndarray, env_ids: Sequence[int] | None = None) -> None:
-        """First half of `step_chunk`: the workers begin, this process may do something else."""
+        """First half of `step_chunk`: the workers begin, this process may do something else. Several groups of
+        environments may be under way; `recv` answers in the order of the sends."""
         ids = self._ids(env_ids)
         actions = np.asarray(actions, dtype=np.float32)
         if actions.ndim != 3 or actions.shape[0] != len(ids) or actions.shape[2] != ACTION_DIM:
             raise ValueError(f"actions have shape {actions.shape}: expected ({len(ids)}, C, {ACTION_DIM})")
         if not np.isfinite(actions).all():
             raise ValueError("actions hold NaN or infinity")
-        self._chunk = actions.shape[1]
-        self._call("step", ids, list(actions))
+        if busy := sorted(set(ids) & {env for request in self._requests for env in request.ids}):
+            raise ValueError(f"environments {busy} have a chunk under way: recv() it first")
+        self._requests.append(self._ask("step", ids, list(actions)))
 
     def recv(self) -> ChunkResult:
-        """Second half of `step_chunk`."""
-        ids = sorted(env for _, envs in self._sent for env in envs)
-        answers = self._receive()
-        rows = [answers[env] for env in ids]
-        stacked = {key: np.stack([row[key] for row in rows]) for key in ("reward", "terminated", "truncated", "valid")}
-        observation = self._observation(answers, ids)
-        final = self._observation(answers, ids, final=True)
-        plain = {key: np.array([row[key] for row in rows]) for key in ("success", "episode_len", "seeds", "lost")}
-        return ChunkResult(observation=observation, final_observation=final, **stacked, **plain)
+        """Second half of `step_chunk`, for the oldest `send`."""
+        if not self._requests:
+            raise ValueError("recv() without a send()")
+        request = self._requests.popleft()
+        self._complete(request)
+        rows = [request.answers[env] for env in request.ids]
+        keys = ("reward", "terminated", "truncated", "valid", "success", "episode_len", "seeds", "lost")
+        return ChunkResult(
+            observation=self._observation(request),
+            final_observation=self._observation(request, final=True),
+            **{key: np.stack([np.asarray(row[key]) for row in rows]) for key in keys},
+        )
 
     def info_poses(self, env_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Privileged truth of each environment: `sim.twin.put_cube.Facts` as a dict."""
-        ids = self._ids(env_ids)
-        self._call("facts", ids, [None] * len(ids))
-        answers = self._receive()
-        return [answers[env] for env in ids]
+        request = self._ask("poses", self._ids(env_ids), None)
+        self._complete(request)
+        return [request.answers[env] for env in request.ids]
+
+    def watch(self, env_id: int, on: bool = True) -> None:
+        """From now on the environment also draws a picture after every policy step, for a video. One a worker."""
+        self._complete(self._ask("watch", [env_id], [on]))
+
+    def frames(self, env_id: int) -> list[np.ndarray]:
+        """The watched environment's pictures since the last call, uint8 [H, W, 3] of the first camera by name."""
+        request = self._ask("frames_since", [env_id], None)
+        self._complete(request)
+        return request.answers[env_id].get("frames", [])
 
     def close(self) -> None:
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            if process is not None and process.is_alive():
-                with contextlib.suppress(OSError):
-                    pipe.send(("close", [], []))
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
-        self._processes, self._pipes = [None] * len(self._setups), [None] * len(self._setups)
-        self._pictures = {}
+        for process, pipe in self._workers:
+            with contextlib.suppress(OSError):
+                pipe.send(("close", [], []))
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers, self._pictures, self._local = [], {}, None
         for memory in self._memory.values():
-            memory.close()
+            with contextlib.suppress(BufferError):  # a view of it is still held somewhere; the kernel frees it later
+                memory.close()
             memory.unlink()
         self._memory = {}
 
@@ -238,130 +194,75 @@ class TwinVectorEnv:
 
     def _ids(self, env_ids: Sequence[int] | None) -> list[int]:
         ids = list(range(self.num_envs)) if env_ids is None else [int(env) for env in env_ids]
-        if sorted(set(ids)) != ids or not all(0 <= env < self.num_envs for env in ids):
+        if not ids or sorted(set(ids)) != ids or not 0 <= ids[0] <= ids[-1] < self.num_envs:
             raise ValueError(f"env_ids {ids}: expected ascending numbers below {self.num_envs}, each once")
         return ids
 
-    def _call(self, what: str, ids: list[int], arguments: list[Any]) -> None:
-        """One message to each worker concerned. A worker that died is replaced and its environments are marked lost."""
+    def _ask(self, what: str, ids: list[int], arguments: list[Any] | None) -> _Request:
+        """One message to each worker concerned."""
+        if what != "step" and self._requests:
+            raise ValueError(f"chunks are under way: recv() them before {what}()")
+        argument_of = dict(zip(ids, [None] * len(ids) if arguments is None else arguments, strict=True))
+        request = _Request(what, ids, len(argument_of[ids[0]]) if what == "step" else 0)
         for worker, setup in enumerate(self._setups):
-            mine = [(env, argument) for env, argument in zip(ids, arguments, strict=True) if env in setup.env_ids]
-            if not mine:
+            envs = [env for env in ids if env in setup.env_ids]
+            if not envs:
                 continue
-            envs, values = [env for env, _ in mine], [value for _, value in mine]
-            self._sent.append((worker, envs))
-            if self._local is None:
-                with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is awaited
-                    self._pipes[worker].send((what, envs, values))
-            else:
-                self._answer = self._local.serve(what, envs, values)
-
-    def _receive(self) -> dict[int, dict[str, Any]]:
-        answers: dict[int, dict[str, Any]] = {}
-        for worker, envs in self._sent:
+            values = [argument_of[env] for env in envs]
             if self._local is not None:
-                answers |= self._answer
+                request.answers |= self._local.serve(what, envs, values)
                 continue
-            try:
-                kind, content = self._pipes[worker].recv()
-            except (EOFError, OSError):
-                answers |= self._replace(worker, envs)
-                continue
-            if kind == "error":
-                raise RuntimeError(f"twin worker {worker} failed:\n{content}")
-            answers |= content
-        self._sent = []
-        return answers
+            request.parts.append((worker, self._incarnations[worker], envs))
+            with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is awaited
+                self._workers[worker][1].send((what, envs, values))
+        return request
 
-    def _replace(self, worker: int, envs: list[int]) -> dict[int, dict[str, Any]]:
-        """Start the worker anew with fresh episodes; what it was doing is lost and marked so."""
-        log.error("twin worker %d died; its episodes (environments %s) are dropped", worker, envs)
-        self._start(worker, generation=os.urandom(2)[0])
-        others = list(self._setups[worker].env_ids)
-        self._pipes[worker].send(("reset", others, [None] * len(others)))
-        _, fresh = self._pipes[worker].recv()
-        nothing = {key: np.zeros(self._chunk, bool) for key in ("terminated", "truncated", "valid")}
-        lost = {
-            "reward": np.zeros(self._chunk, np.float32),
-            **nothing,
-            "success": False,
-            "episode_len": 0,
-            "lost": True,
-        }
-        return {env: {**lost, **fresh[env], "lost": True} for env in envs}
+    def _complete(self, request: _Request) -> None:
+        """Wait for all answers. Raises RuntimeError with the worker's traceback when it failed."""
+        for worker, incarnation, envs in request.parts:
+            if incarnation == self._incarnations[worker]:
+                answer = self._answer(worker)
+                if answer is not None:
+                    request.answers |= answer
+                    continue
+                log.error("twin worker %d died; the episodes of environments %s are dropped", worker, envs)
+                self._replace(worker)
+            request.answers |= {env: _lost(request.num_actions) | self._fresh[worker][env] for env in envs}
 
-    def _start(self, worker: int, generation: int = 0) -> None:
-        context = mp.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(self._setups[worker], theirs, generation), daemon=True)
-        process.start()
-        theirs.close()
-        self._processes[worker], self._pipes[worker] = process, ours
-
-    def _observation(self, answers: dict[int, dict[str, Any]], ids: list[int], final: bool = False) -> TwinObservation:
-        key = "final_state" if final else "state"
-        state = np.stack([answers[env].get(key, np.zeros(STATE_DIM, np.float32)) for env in ids])
-        images = {name: pictures[int(final)][ids] for name, pictures in self._pictures.items()}
-        return TwinObservation(images, state)
-
-
-class _Worker:
-    """Serves the environments of one process."""
-
-    def __init__(self, setup: _Setup, generation: int = 0):
-        self.setup = setup
-        shape = (2, setup.num_envs, setup.config.picture_height, setup.config.picture_width, 3)
-        self._memory = {name: SharedMemory(name=memory) for name, memory in setup.memory.items()}
-        self._pictures = {name: np.ndarray(shape, np.uint8, memory.buf) for name, memory in self._memory.items()}
-        self.twins = {
-            env: Twin(setup.config, setup.embodiment, (setup.seed, env, generation), setup.render)
-            for env in setup.env_ids
-        }
-
-    def serve(self, what: str, envs: list[int], arguments: list[Any]) -> dict[int, dict[str, Any]]:
-        return {env: getattr(self, "_" + what)(env, argument) for env, argument in zip(envs, arguments, strict=True)}
-
-    def _reset(self, env: int, seed: int | None) -> dict[str, Any]:
-        twin = self.twins[env]
-        twin.reset(seed)
-        self._draw(env, final=False)
-        return {"state": twin.state, "final_state": twin.state, "seeds": twin.seed}
-
-    def _step(self, env: int, actions: np.ndarray) -> dict[str, Any]:
-        twin = self.twins[env]
-        out: dict[str, Any] = dict(twin.step_chunk(actions))
-        out |= {"success": twin.facts.success, "episode_len": twin.steps, "seeds": twin.seed, "lost": False}
-        out["final_state"] = out["state"] = twin.state
-        self._draw(env, final=True)
-        if twin.ended and self.setup.auto_reset:
-            out["state"] = self._reset(env, None)["state"]
-        else:
-            for pictures in self._pictures.values():
-                pictures[0, env] = pictures[1, env]
-        return out
-
-    def _facts(self, env: int, _: None) -> dict[str, Any]:
-        return vars(self.twins[env].facts)
-
-    def _draw(self, env: int, final: bool) -> None:
-        for name, picture in self.twins[env].pictures().items():
-            self._pictures[name][int(final), env] = picture
-
-
-def _run(setup: _Setup, pipe: Connection, generation: int) -> None:
-    """A worker process. Ends with its parent: the pipe closes."""
-    import traceback
-
-    worker = _Worker(setup, generation)
-    while True:
+    def _answer(self, worker: int) -> Answers | None:
+        """None when the worker is dead or silent."""
+        process, pipe = self._workers[worker]
         try:
-            what, envs, arguments = pipe.recv()
-        except EOFError:
-            return
-        if what == "close":
-            return
-        try:
-            answer = ("ok", worker.serve(what, envs, arguments))
-        except Exception:  # whatever it was, the owner has to see it
-            answer = ("error", traceback.format_exc())
-        pipe.send(answer)
+            if not pipe.poll(ANSWER_LIMIT_S):
+                return None
+            kind, content = pipe.recv()
+        except (EOFError, OSError):
+            return None
+        if kind == "error":
+            raise RuntimeError(f"twin worker {worker} (process {process.pid}) failed:\n{content}")
+        return content
+
+    def _replace(self, worker: int) -> None:
+        """A new process with fresh episodes in all environments of the dead one."""
+        process, pipe = self._workers[worker]
+        process.kill()
+        process.join()
+        pipe.close()
+        self._incarnations[worker] += 1
+        setup = self._setups[worker]
+        self._workers[worker] = start(setup, self._incarnations[worker])
+        envs = list(setup.env_ids)
+        self._workers[worker][1].send(("reset", envs, [None] * len(envs)))
+        fresh = self._answer(worker)
+        if fresh is None:
+            raise RuntimeError(f"twin worker {worker} died twice in a row; its own error output says why")
+        self._fresh[worker] = fresh
+
+    def _observation(self, request: _Request, final: bool = False) -> TwinObservation:
+        state = np.stack([request.answers[env]["final_state" if final else "state"] for env in request.ids])
+        return TwinObservation({n: pictures[int(final)][request.ids] for n, pictures in self._pictures.items()}, state)
+
+
+def _lost(num_actions: int) -> dict[str, Any]:
+    nothing = {key: np.zeros(num_actions, bool) for key in ("terminated", "truncated", "valid")}
+    return nothing | {"reward": np.zeros(num_actions, np.float32), "success": False, "episode_len": 0, "lost": True}
