@@ -29,7 +29,7 @@ from bridge.checkpoint import (
     read_manifest,
     verify_bundle,
 )
-from bridge.codec import Limits, Message, decode, encode
+from bridge.codec import Limits, Message, decode, encode, text
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError, CorruptData, Refused, SchemaMismatch
 from bridge.handshake import CallerEnd
@@ -264,15 +264,15 @@ class CheckpointSubscriber:
             self._resume_s = now_s + SILENCE_S  # ask again then, unless it comes before
 
     def _take(self, message: Message) -> None:
-        sha, data = message.body.get("sha256"), message.body.get("data")
+        sha, data = text(message.body, "sha256"), message.body.get("data")
         if message.kind == "current":
             self._consider(message.body)
         elif message.kind == "absent" and self._target is not None:
-            raise CorruptData(f"the publisher does not have block {str(sha)[:16]}")
+            raise CorruptData(f"the publisher does not have block {sha[:16]}")
         elif message.kind == "block" and self._target is not None and isinstance(data, memoryview):
             if self._assembly is None and sha == self._target.manifest_sha256:
                 self._take_manifest(self._target, bytes(data))
-            elif self._assembly is not None and isinstance(sha, str):
+            elif self._assembly is not None:
                 self._block_s, self._block_silence_s = self._heard_s, BLOCK_SILENCE_S
                 if self._assembly.put(sha, data):
                     self._counts["bytes_fetched"] += len(data)

@@ -209,6 +209,12 @@ def field(body: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any
     return value
 
 
+def text(body: dict[str, Any], name: str) -> str:
+    """`body[name]` if it is text, else "": a stranger's list or array must not reach a comparison or a dict lookup."""
+    value = body.get(name)
+    return value if isinstance(value, str) else ""
+
+
 def observation_body(observation: Observation) -> dict[str, Any]:
     return {
         "images": observation.images,
@@ -222,16 +228,22 @@ def observation_body(observation: Observation) -> dict[str, Any]:
 def observation_from_body(body: dict[str, Any], cameras: Sequence[str]) -> Observation:
     """Raises SchemaMismatch when the observation is not the contract's (section 2): cameras, shapes, types."""
     images, state = body.get("images"), body.get("state")
-    if not isinstance(images, dict) or sorted(images) != sorted(cameras):
-        raise SchemaMismatch(f"images: expected {sorted(cameras)}, got {sorted(images or ())}")
+    if not isinstance(images, dict) or set(images) != set(cameras):
+        found = sorted(map(str, images)) if isinstance(images, dict) else _describe(images)
+        raise SchemaMismatch(f"images: expected {sorted(cameras)}, got {found}")
     for name, image in images.items():
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise SchemaMismatch(f"images[{name!r}]: expected uint8 [H, W, 3], got {_describe(image)}")
+        if not image.size:
+            raise SchemaMismatch(f"images[{name!r}] is empty: {_describe(image)}")
     if not isinstance(state, np.ndarray) or state.dtype != np.float32 or state.shape != (7,):
         raise SchemaMismatch(f"state: expected float32 [7], got {_describe(state)}")
-    return Observation(
-        images, state, field(body, "instruction", str), field(body, "stamp_ns", int), field(body, "age_ns", dict)
-    )
+    if not np.isfinite(state).all():
+        raise CorruptData(f"state holds numbers that are not finite: {state.tolist()}")
+    age_ns = field(body, "age_ns", dict)
+    if not all(isinstance(name, str) and type(age) is int for name, age in age_ns.items()):
+        raise CorruptData("field 'age_ns' is not a map from names to integers")
+    return Observation(images, state, field(body, "instruction", str), field(body, "stamp_ns", int), age_ns)
 
 
 def _describe(value: Any) -> str:

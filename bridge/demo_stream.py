@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge import durable
-from bridge.codec import Blob, Limits, Message, encode, field
+from bridge.codec import Blob, Limits, Message, encode, field, text
 from bridge.dataset import DatasetStore
 from bridge.embodiment import Embodiment
 from bridge.episode import read_record
@@ -178,7 +178,7 @@ class DemoSender:
             return
 
     def _take(self, message: Message) -> None:
-        if self._offered is None or message.body.get("uuid") != self._offered[1]:
+        if self._offered is None or text(message.body, "uuid") != self._offered[1]:
             return  # about an episode that was given up: it will be offered again
         folder, uuid, source = self._offered
         self._heard_s = time.monotonic()
@@ -278,15 +278,15 @@ class DemoReceiver:
         return self._counts | self._end.counts | {"robots": len(self._end.callers), "under_way": len(self._under_way)}
 
     def _take(self, caller: Caller, message: Message) -> None:
-        uuid = message.body.get("uuid")
-        if not isinstance(uuid, str) or not UUID.fullmatch(uuid):
+        uuid = text(message.body, "uuid")
+        if not UUID.fullmatch(uuid):
             self._end.counts["corrupt"] += 1
             return
         try:
             match message.kind:
                 case "offer":
                     manifest = bytes(field(message.body, "manifest", memoryview))
-                    if hashlib.sha256(manifest).hexdigest() == message.body.get("sha256"):
+                    if hashlib.sha256(manifest).hexdigest() == text(message.body, "sha256"):
                         self._take_offer(caller, uuid, manifest)
                     else:  # damaged under way; it will be offered again
                         self._end.counts["corrupt"] += 1

@@ -18,7 +18,7 @@ from typing import Any
 
 import zmq
 
-from bridge.codec import DEFAULT_LIMITS, Limits, Message, decode, encode
+from bridge.codec import DEFAULT_LIMITS, Limits, Message, decode, encode, text
 from bridge.embodiment import Embodiment, differences
 from bridge.errors import CorruptData, Refused, SchemaMismatch
 from bridge.keys import CALLS, Keys
@@ -189,11 +189,12 @@ class CallerEnd:
             raise SchemaMismatch(f"{self.endpoint} asks for a contract where none is compared")
         try:
             theirs = Embodiment.from_dict(body["contract"])
-        except (KeyError, ValueError, TypeError) as error:
+            theirs_hash = theirs.contract_hash
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise SchemaMismatch(f"{self.endpoint} sent a contract that we cannot read: {error}") from error
         self.embodiment.require_same(theirs, f"the other end at {self.endpoint}", self._allow)
         log.warning("accepted a contract that differs in %s", differences(self.embodiment.to_dict(), theirs.to_dict()))
-        self._accepted_hash, self._hello_due_s = theirs.contract_hash, 0.0
+        self._accepted_hash, self._hello_due_s = theirs_hash, 0.0
 
 
 class ListenerEnd:
@@ -275,8 +276,8 @@ class ListenerEnd:
         self._send(route, encode("refused", {"reason": reason}))
 
     def _greet(self, route: bytes, key: str | None, hello: dict[str, Any]) -> None:
-        role, uid = hello.get("role"), hello.get("uid")
-        if role not in CALLS[self.channel] or not isinstance(uid, str) or len(uid) > 64:
+        role, uid = text(hello, "role"), text(hello, "uid")
+        if role not in CALLS[self.channel] or not 0 < len(uid) <= 64:
             return self._refuse(route, f"role {role!r:.40} may not call the {self.channel} channel")
         if self._keys is not None:
             peer = self._keys.allowed.get(key or "")
@@ -284,9 +285,9 @@ class ListenerEnd:
                 known = f"{peer.name} has role {peer.role}" if peer else "its key is not allowed"
                 return self._refuse(route, f"the caller claims role {role}, but {known}")
         ours = self.embodiment.contract_hash if self.embodiment else None
-        if self.embodiment and ours not in (hello.get("contract_hash"), hello.get("accepted_hash")):
+        if self.embodiment and ours not in (theirs := text(hello, "contract_hash"), text(hello, "accepted_hash")):
             self.counts["refused"] += 1
-            log.warning("%s: another contract: ours %s, theirs %s", self.endpoint, ours, hello.get("contract_hash"))
+            log.warning("%s: another contract: ours %s, theirs %s", self.endpoint, ours, theirs)
             self._send(route, encode("mismatch", {"contract": self.embodiment.to_dict()}))
             return None
         now_s = time.monotonic()
@@ -296,7 +297,7 @@ class ListenerEnd:
             return self._refuse(route, f"{MAX_CALLERS} callers are served already")
         version = hello.get("policy_version")
         version = version if isinstance(version, int) else -1
-        caller = Caller(route, uid, str(hello.get("name"))[:64], role, version, now_s, key, hello)
+        caller = Caller(route, uid, text(hello, "name")[:64], role, version, now_s, key, hello)
         if isinstance(sent_ns := hello.get("sent_ns"), int):
             caller.age_s(sent_ns)
         self.callers[route] = caller

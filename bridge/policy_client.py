@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bridge.codec import DEFAULT_LIMITS, Limits, encode, field, observation_body
+from bridge.codec import DEFAULT_LIMITS, Limits, encode, field, observation_body, text
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError, BridgeTimeout, CorruptData, Refused, SchemaMismatch
 from bridge.handshake import CallerEnd
@@ -194,7 +194,7 @@ class PolicyClient:
         try:
             if kind == "error":
                 self._counts["errors"] += 1
-                error = ANSWERED_ERRORS.get(body.get("error"), BridgeError)
+                error = ANSWERED_ERRORS.get(text(body, "error"), BridgeError)
                 raise error(f"policy server, request {request}: {body.get('message')}")
             chunk = self._chunk(body)
         except BridgeError as error:
