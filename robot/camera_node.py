@@ -21,6 +21,8 @@ from robot.camera import CameraReader, Health, Picture
 from robot.config import CameraConfig
 from robot.spin import NodeError, run_node
 
+QUEUE_LENGTH = 60  # pictures: a reader that is busy for two seconds loses none
+
 
 class CameraNode(Node):
     def __init__(self):
@@ -89,7 +91,7 @@ class PicturePublisher:
     """Turns pictures of one camera into messages. Called from the camera's own thread."""
 
     def __init__(self, node: Node, name: str, camera: Camera):
-        qos = QoSProfile(depth=60)
+        qos = QoSProfile(depth=QUEUE_LENGTH)
         self._images = node.create_publisher(Image, f"{name}/image_raw", qos)
         self._infos = node.create_publisher(CameraInfo, f"{name}/camera_info", qos)
         frame_id = f"{name}_optical_frame"

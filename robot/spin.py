@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.experimental import EventsExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
@@ -27,7 +27,8 @@ def run_node(make_node: Callable[[], Node], argv: list[str] | None = None) -> in
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     rclpy.init(args=argv if argv is None else ["node", *argv], signal_handler_options=SignalHandlerOptions.NO)
-    node, executor = None, SingleThreadedExecutor()
+    node = None
+    executor = EventsExecutor()  # a third of the usual executor's CPU time (measured), which is dear beside a policy
     try:
         node = make_node()
         executor.add_node(node)
@@ -40,6 +41,6 @@ def run_node(make_node: Callable[[], Node], argv: list[str] | None = None) -> in
     finally:
         if node is not None:
             getattr(node, "close", lambda: None)()
-            executor.shutdown(timeout_sec=1.0)
+            executor.remove_node(node)
             node.destroy_node()
         rclpy.try_shutdown()
