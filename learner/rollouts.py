@@ -1,9 +1,9 @@
 """Twin episodes under a policy, and what PPO keeps of them.
 
-T policy queries, B environments, C executed actions of a chunk, N = T * B samples.
+B environments, C executed actions of a chunk, N samples (policy queries).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,40 +87,58 @@ class Rollouts:
 def collect(
     env: VectorEnv,
     policy: Policy,
-    seeds: Iterator[int],
-    num_queries: int,
+    seeds: Sequence[int],
     gamma: float,
     gae_lambda: float,
     generator: torch.Generator,
 ) -> Rollouts:
-    """Fresh episodes, `num_queries` chunks in every environment; where one ends, the next of `seeds` begins."""
+    """One whole episode for each seed, `env.num_envs` at a time; an environment takes the next seed when it ends and
+    rests when none is left. Whole episodes, because those that fit a fixed number of queries are the short ones, and
+    short ones are the successes."""
     instruction = policy.embodiment.instructions[0]
-    views = env.reset([next(seeds) for _ in range(env.num_envs)])
-    samples, results, next_values = [], [], []
+    left = list(seeds)[::-1]
+    active = list(range(min(env.num_envs, len(left))))
+    prepared = policy.prepare(observation_batch(env.reset([left.pop() for _ in active], active), instruction))
+    steps: list[_Query] = []
     episodes: list[Episode] = []
     earned = np.zeros(env.num_envs)
-    prepared = policy.prepare(observation_batch(views, instruction))
-    for _ in tqdm(range(num_queries), desc="rollouts", leave=False):
-        sample = policy.sample(prepared, generator)
-        result = env.step_chunk(sample.actions[:, : policy.num_action_chunks].cpu().numpy())
-        prepared = policy.prepare(observation_batch(result.observation, instruction))
-        samples.append(sample)
-        results.append(result)
-        # A time limit is no fact of the task, so an episode that it cut is worth what its last picture promises; a
-        # terminated one is worth nothing more.
-        terminated = torch.from_numpy(result.terminated.any(1)).to(sample.value.device)
-        next_values.append(torch.where(terminated, 0.0, policy.value(prepared)))
-        earned += (result.reward * result.valid).sum(1)
-        ended = np.flatnonzero(is_over(result))
-        for i in ended:
-            if not result.lost[i]:
-                length = int(result.episode_len[i])
-                episodes.append(Episode(int(result.seeds[i]), bool(result.success[i]), length, float(earned[i])))
-            earned[i] = 0.0
-        if len(ended):
-            begun = env.reset([next(seeds) for _ in ended], ended.tolist())
-            prepared = _replaced(prepared, ended, policy.prepare(observation_batch(begun, instruction)), env.num_envs)
-    return _rollouts(samples, results, torch.stack(next_values), episodes, gamma, gae_lambda)
+    with tqdm(total=len(seeds), desc="rollouts", unit="episode", leave=False) as bar:
+        while active:
+            sample = policy.sample(prepared, generator)
+            result = env.step_chunk(sample.actions[:, : policy.num_action_chunks].cpu().numpy(), active)
+            prepared = policy.prepare(observation_batch(result.observation, instruction))
+            steps.append(_Query(active, sample, result, policy.value(prepared)))
+            earned[active] += (result.reward * result.valid).sum(1)
+            over = is_over(result)
+            for row in np.flatnonzero(over):
+                if not result.lost[row]:
+                    seed, length = int(result.seeds[row]), int(result.episode_len[row])
+                    episodes.append(Episode(seed, bool(result.success[row]), length, float(earned[active[row]])))
+                earned[active[row]] = 0.0
+                bar.update()
+            freed = [active[row] for row in np.flatnonzero(over)]
+            going_on = np.flatnonzero(~over)
+            begun = freed[: len(left)]
+            kept = [active[row] for row in going_on]
+            parts = [prepared[torch.from_numpy(going_on)]] if len(going_on) else []
+            if begun:
+                views = env.reset([left.pop() for _ in begun], begun)
+                parts.append(policy.prepare(observation_batch(views, instruction)))
+            if parts:
+                order = np.argsort([*kept, *begun])  # environments answer in ascending order
+                prepared = type(prepared).concatenate(parts)[torch.from_numpy(order)]
+            active = sorted([*kept, *begun])
+    return _rollouts(steps, env.num_envs, episodes, gamma, gae_lambda)
+
+
+@dataclass(frozen=True)
+class _Query:
+    """One policy query of the environments `active`, what it led to, and the critic's word on what followed."""
+
+    active: list[int]
+    sample: Sample
+    result: ChunkResult
+    next_value: Tensor
 
 
 def is_over(result: ChunkResult) -> np.ndarray:
@@ -128,37 +146,34 @@ def is_over(result: ChunkResult) -> np.ndarray:
     return result.terminated.any(1) | result.truncated.any(1) | result.lost
 
 
-def _replaced(prepared: Any, rows: np.ndarray, new: Any, total: int) -> Any:
-    """`prepared` with `new` at `rows`."""
-    source = np.arange(total)
-    source[rows] = total + np.arange(len(rows))
-    return type(prepared).concatenate([prepared, new])[torch.from_numpy(source)]
-
-
-def _rollouts(
-    samples: list[Sample],
-    results: list[ChunkResult],
-    next_values: Tensor,
-    episodes: list[Episode],
-    gamma: float,
-    gae_lambda: float,
-) -> Rollouts:
-    values = torch.stack([sample.value for sample in samples])
-    device = values.device
-    valid = torch.from_numpy(np.stack([r.valid for r in results])).to(device)  # [T, B, C]
-    reward = torch.from_numpy(np.stack([(r.reward * r.valid).sum(1) for r in results])).float().to(device)
-    ended = torch.from_numpy(np.stack([is_over(r) for r in results])).to(device)
-    advantages, returns = gae(reward, values, next_values, ended, gamma, gae_lambda)
+def _rollouts(steps: list[_Query], num_envs: int, episodes: list[Episode], gamma: float, gae_lambda: float) -> Rollouts:
+    """GAE along each environment's queries; those of a resting environment have no sample."""
+    device = steps[0].next_value.device
+    shape = (len(steps), num_envs)
+    reward, value, next_value = (torch.zeros(shape, device=device) for _ in range(3))
+    ended, taken = (torch.zeros(shape, dtype=torch.bool, device=device) for _ in range(2))
+    for t, step in enumerate(steps):
+        row, result = step.active, step.result
+        earned = torch.from_numpy((result.reward * result.valid).sum(1)).float().to(device)
+        # A time limit is no fact of the task, so an episode that it cut is worth what its last picture promises; a
+        # terminated one is worth nothing more.
+        terminated = torch.from_numpy(result.terminated.any(1)).to(device)
+        reward[t, row], value[t, row], taken[t, row] = earned, step.sample.value, True
+        next_value[t, row] = torch.where(terminated, 0.0, step.next_value)
+        ended[t, row] = torch.from_numpy(is_over(result)).to(device)
+    advantages, returns = gae(reward, value, next_value, ended, gamma, gae_lambda)
+    valid = torch.cat([torch.from_numpy(step.result.valid) for step in steps]).to(device)
+    samples = [step.sample for step in steps]
     return Rollouts(
         prepared=type(samples[0].prepared).concatenate([sample.prepared for sample in samples]),
         chain=torch.cat([sample.chain for sample in samples]),
         denoise_index=torch.cat([sample.denoise_index for sample in samples]),
         old_log_prob=torch.cat([sample.log_prob for sample in samples]),
-        old_value=values.flatten(),
-        valid=valid.flatten(0, 1),
-        advantages=normalized(advantages, valid.any(-1)).flatten(),
-        raw_advantages=advantages.flatten(),
-        returns=returns.flatten(),
+        old_value=value[taken],
+        valid=valid,
+        advantages=normalized(advantages[taken], valid.any(-1)),
+        raw_advantages=advantages[taken],
+        returns=returns[taken],
         num_env_steps=int(valid.sum()),
         episodes=episodes,
     )

@@ -10,7 +10,6 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ class TrainConfig:
     iterations: int = 3
     envs: int = 8  # twins
     workers: int = 2  # processes that share them
-    queries: int = 12  # policy queries of every environment in an iteration
+    episodes: int = 16  # of an iteration
     save_every: int = 1  # iterations between bundles; the last one is always saved
     threads: int = 2
     device: str = "cpu"
@@ -59,8 +58,8 @@ class TrainConfig:
     twin: TwinConfig = field(default_factory=TwinConfig)
 
     def __post_init__(self):
-        if self.iterations < 1 or self.queries < 1 or self.save_every < 1:
-            raise ValueError("iterations, queries and save_every must be at least 1")
+        if min(self.iterations, self.episodes, self.save_every) < 1:
+            raise ValueError("iterations, episodes and save_every must be at least 1")
 
     @property
     def run(self) -> Path:
@@ -88,9 +87,7 @@ class Trainer:
         c = self.config
         self.policy.set_noise_level(annealed_noise_level(self.flow, self.iteration))
         started_s = time.monotonic()
-        rollouts = collect(
-            self.env, self.policy, self.seeds(), c.queries, c.algo.gamma, c.algo.gae_lambda, self.generator
-        )
+        rollouts = collect(self.env, self.policy, self.seeds(), c.algo.gamma, c.algo.gae_lambda, self.generator)
         collected_s = time.monotonic()
         metrics = self.updater.update(rollouts) | rollout_metrics(rollouts)
         self.iteration += 1
@@ -99,11 +96,10 @@ class Trainer:
         metrics["time/env_steps_per_s"] = rollouts.num_env_steps / metrics["time/rollout_s"]
         return metrics
 
-    def seeds(self) -> Iterator[int]:
-        """Of this iteration's episodes, without end; far from those that evaluation uses."""
+    def seeds(self) -> list[int]:
+        """Of this iteration's episodes; far from those that evaluation uses."""
         rng = np.random.default_rng([self.config.seed, self.iteration])
-        while True:
-            yield int(rng.integers(1_000_000, 2**31 - 1))
+        return rng.integers(1_000_000, 2**31 - 1, self.config.episodes).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -35,7 +35,7 @@ class AlgoConfig:
     huber_delta: float = 10.0
     entropy_bonus: float = 0.0
     beta: float = 0.2  # weight of the SFT term; 0: PPO alone
-    lr: float = 3e-5
+    lr: float = 1e-5
     value_lr: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -44,8 +44,8 @@ class AlgoConfig:
     batch_size: int = 64  # RL samples (policy queries) of an optimiser step
     micro_batch_size: int = 64
     sft_batch_size: int = 16  # demonstrations of a micro-batch
-    critic_warmup_steps: int = 10  # optimiser steps at the start that train the value head alone
-    target_kl: float | None = 0.1  # end an iteration's updates when approx_kl exceeds it; None: never
+    critic_warmup_steps: int = 4  # optimiser steps at the start that train the value head alone
+    target_kl: float | None = 0.05  # end an iteration's updates when approx_kl exceeds it; None: never
     gradient_report_every: int = 10  # optimiser steps between comparisons of the two terms' gradients; 0: never
 
     def __post_init__(self):

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -45,35 +44,39 @@ def observation(n, seed=0):
 
 
 class PushEnv:
-    """Pays for actions that move along +x; episodes end after three chunks, every other one by a time limit."""
+    """Pays for actions that move along +x. Episodes of odd seeds terminate at their 11th step, the others are cut by a
+    time limit at their 15th."""
 
-    num_envs = 4
+    num_envs = 3
 
-    def reset(self, seeds, env_ids=None):
-        self.queries = 0
-        return self._views(len(seeds))
+    def __init__(self):
+        self.seeds, self.steps = np.zeros(3, int), np.zeros(3, int)
+
+    def reset(self, seeds, env_ids):
+        self.seeds[env_ids], self.steps[env_ids] = seeds, 0
+        return self._views(len(env_ids))
 
     def _views(self, n):
         images = {name: np.full((n, *SIZE, 3), 90, np.uint8) for name in ("third_person", "wrist")}
         return Views(images, np.full((n, 7), 0.1, np.float32))
 
-    def step_chunk(self, actions, env_ids=None):
-        self.queries += 1
+    def step_chunk(self, actions, env_ids):
         n, chunk = actions.shape[:2]
-        valid, ended = np.ones((n, chunk), bool), np.zeros((n, chunk), bool)
-        reward = np.clip(actions[..., 0] / 0.03, -2, 2).astype(np.float32)
-        ended[:, -2] = self.queries == 3
-        valid[:, -1] = self.queries != 3
-        odd = np.arange(n)[:, None] % 2 == 1
+        seeds = self.seeds[env_ids]
+        number = self.steps[env_ids][:, None] + 1 + np.arange(chunk)
+        odd = seeds[:, None] % 2 == 1
+        valid = number <= np.where(odd, 11, 15)
+        self.steps[env_ids] += valid.sum(1)
+        terminated, truncated = odd & (number == 11), ~odd & (number == 15)
         return ChunkResult(
             observation=self._views(n),
-            reward=reward,
-            terminated=ended & odd,
-            truncated=ended & ~odd,
+            reward=np.clip(actions[..., 0] / 0.03, -2, 2).astype(np.float32),
+            terminated=terminated,
+            truncated=truncated,
             valid=valid,
-            success=(ended & odd).any(1),
-            episode_len=np.full(n, 11),
-            seeds=np.arange(n),
+            success=terminated.any(1),
+            episode_len=self.steps[env_ids].copy(),
+            seeds=seeds.copy(),
             lost=np.zeros(n, bool),
         )
 
@@ -94,7 +97,7 @@ def demos(folder, policy, seed=0):
 
 
 def roll(policy, seed=0):
-    return collect(PushEnv(), policy, itertools.count(), 4, 0.9, 0.95, torch.Generator().manual_seed(seed))
+    return collect(PushEnv(), policy, range(5), 0.9, 0.95, torch.Generator().manual_seed(seed))
 
 
 def updater(policy, config, mixture=None):
@@ -197,7 +200,7 @@ def test_metrics_add_up_and_micro_batches_do_not_matter(demos_folder):
 
 def test_critic_warm_up_moves_the_value_head_alone():
     policy, before = tiny_policy(), tiny_policy()
-    config = AlgoConfig(beta=0.0, critic_warmup_steps=2, batch_size=16, micro_batch_size=16, update_epochs=2)
+    config = AlgoConfig(beta=0.0, critic_warmup_steps=2, batch_size=18, micro_batch_size=18, update_epochs=2)
     learner = updater(policy, config)
     learner.update(roll(policy))
     changed = [n for (n, a), b in zip(policy.named_parameters(), before.parameters(), strict=True) if not a.equal(b)]
@@ -225,25 +228,32 @@ def test_an_update_ends_early_at_the_kl_limit():
     assert learner.steps < 50
 
 
-def test_rollouts_bootstrap_through_time_limits_only():
+def test_rollouts_are_whole_episodes_and_bootstrap_through_time_limits_only():
     policy = tiny_policy()
     with torch.no_grad():
         policy.value_head.mlp[-1].weight.zero_()
         policy.value_head.mlp[-1].bias.fill_(2.0)
-    rollouts = roll(policy)
-    assert rollouts.num_env_steps == 4 * (4 * 4 - 1)
-    assert [e.success for e in rollouts.episodes] == [False, True, False, True]
-    sample_reward = policy.normalize_action.inverse(rollouts.chain[:, -1])[:, :4, 0] / 0.03
-    paid = (sample_reward.clamp(-2, 2) * rollouts.valid).sum(1).view(4, 4)  # [query, environment]
-    ends = rollouts.returns.view(4, 4)[2]  # the third query: environments 0 and 2 truncated, 1 and 3 terminated
-    torch.testing.assert_close(ends, paid[2] + 0.9 * 2.0 * torch.tensor([1.0, 0.0, 1.0, 0.0]), atol=1e-4, rtol=1e-4)
-    # Nothing of the fourth query, a new episode, flows into the second's advantage beyond the third's.
-    error = paid[1] + 0.9 * 2.0 - 2.0
-    second = error + 0.9 * 0.95 * (ends - 2.0) + 2.0
-    torch.testing.assert_close(rollouts.returns.view(4, 4)[1], second, atol=1e-4, rtol=1e-4)
+    rollouts = roll(policy)  # seeds 0 to 4 on three environments: two episodes of 11 steps, three of 15
+    assert sorted((e.seed, e.length, e.success) for e in rollouts.episodes) == [
+        (seed, 11 if seed % 2 else 15, bool(seed % 2)) for seed in range(5)
+    ]
+    assert rollouts.num_env_steps == 2 * 11 + 3 * 15
+    assert len(rollouts) == 2 * 3 + 3 * 4
+    actions = policy.normalize_action.inverse(rollouts.chain[:, -1])[:, :4, 0]
+    paid = ((actions / 0.03).clamp(-2, 2) * rollouts.valid).sum(1)
+    # Queries 0 to 2 hold rows of environments 0, 1, 2; environment 1 (seed 1) ends in the third, environment 0 in the
+    # fourth, which is its last.
+    of_0, of_1 = torch.tensor([0, 3, 6, 9]), torch.tensor([1, 4, 7])
+    for rows, final in ((of_0, 2.0), (of_1, 0.0)):
+        following, expected = 0.0, []
+        for row in reversed(rows.tolist()):
+            bootstrap = final if row == rows[-1] else 2.0
+            following = paid[row] + 0.9 * bootstrap - 2.0 + 0.9 * 0.95 * following
+            expected.append(following + 2.0)
+        torch.testing.assert_close(rollouts.returns[rows], torch.stack(expected[::-1]), atol=1e-4, rtol=1e-4)
     metrics = rollout_metrics(rollouts)
-    assert metrics["env/success_once"] == 0.5
-    assert metrics["env/episode_len"] == 11
+    assert metrics["env/success_once"] == 0.4
+    assert metrics["env/episode_len"] == pytest.approx(67 / 5)
 
 
 def test_ppo_earns_more():
@@ -268,7 +278,7 @@ def test_evaluation_gives_every_seed_one_episode():
 
 def trainer(folder):
     policy = tiny_policy()
-    config = TrainConfig(queries=2, algo=AlgoConfig(lr=1e-3, critic_warmup_steps=1, batch_size=4, micro_batch_size=4))
+    config = TrainConfig(episodes=3, algo=AlgoConfig(lr=1e-3, critic_warmup_steps=1, batch_size=4, micro_batch_size=4))
     return Trainer(config, policy, ToyVectorEnv(tabletop(), 2, max_steps=6, size=SIZE), demos(folder, policy))
 
 

@@ -54,7 +54,7 @@ def train_config(folder, **changes):
         gradient_report_every=1,
         target_kl=None,
     )
-    config = TrainConfig(runs_dir=str(folder), name="run", iterations=3, envs=2, queries=2, threads=1, algo=algo)
+    config = TrainConfig(runs_dir=str(folder), name="run", iterations=3, envs=2, episodes=3, threads=1, algo=algo)
     config.twin.max_steps = 6
     return dataclasses.replace(config, **changes)
 
