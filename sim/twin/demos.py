@@ -1,6 +1,9 @@
 """Scripted demonstrations in the twin, written as a LeRobot data set with the same schema and contract as the robot's.
 
 One row a policy step, both cameras. Only successes are kept. An interrupted run goes on with the next seed.
+
+With `action_noise_m` the twin executes the expert's action plus noise, while the row keeps what the expert wanted: the
+data then shows how to come back from small errors (DART), which a few clean demonstrations do not.
 """
 
 import json
@@ -21,7 +24,7 @@ from bridge.run_files import append_line, read_lines, write_stage
 from bridge.statistics import wilson_interval
 from sim.expert import PickPlaceExpert
 from sim.twin.config import TwinConfig
-from sim.twin.vector_env import Twin
+from sim.twin.worker import Twin
 
 REPO_ID = "cotwin/twin_put_cube_on_plate"
 SEED_BASE = 100_000  # training scenes; evaluations count from other bases
@@ -37,11 +40,12 @@ class TwinDemosConfig:
     seed: int = 0
     workers: int = 2  # processes
     start_range_m: float = 0.06  # the first target is moved by up to this much on each axis, so that starts differ
+    action_noise_m: float = 0.002  # standard deviation, each axis and step, of what is executed but not recorded
     embodiment: Embodiment = field(default_factory=Embodiment)
     twin: TwinConfig = field(default_factory=TwinConfig)
 
     def __post_init__(self):
-        for key, least in (("episodes", 1), ("workers", 1), ("start_range_m", 0.0)):
+        for key, least in (("episodes", 1), ("workers", 1), ("start_range_m", 0.0), ("action_noise_m", 0.0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} {getattr(self, key)}: allowed are {least} and more")
 
@@ -68,6 +72,7 @@ def main(argv: list[str]) -> None:
     size = (config.twin.picture_height, config.twin.picture_width)
     store = DatasetStore.open_or_create(root, REPO_ID, config.embodiment, int(config.embodiment.policy_rate_hz), size)
     attempts_file = config.run / "twin_demos" / "attempts.jsonl"
+    episodes_before = store.num_episodes
     fresh_steps = record(config, store, attempts_file)
     wall_s = time.monotonic() - started_s
     attempts = read_lines(attempts_file)
@@ -81,6 +86,7 @@ def main(argv: list[str]) -> None:
         "expert_wilson_high": round(high, 4),
         "rows": sum(attempt["steps"] for attempt in attempts if attempt["success"]),
         "steps_per_s": round(fresh_steps / wall_s, 1),
+        "episodes_per_s": round((store.num_episodes - episodes_before) / wall_s, 3),
     }
     video = config.run / "videos" / "twin_demonstration.mp4"
     video.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +141,8 @@ def _begin(config: TwinDemosConfig, spool: str) -> None:
 
 
 def _attempt(seed: int) -> Attempt:
-    assert _twin is not None and _config is not None
+    assert _twin is not None
+    assert _config is not None
     return demonstrate(_twin, _config, seed, _spool / f"{seed:08d}")
 
 
@@ -144,7 +151,8 @@ def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) ->
     embodiment, period_ns = config.embodiment, round(1e9 / config.embodiment.policy_rate_hz)
     expert = PickPlaceExpert(embodiment, seed)
     twin.reset(seed)
-    displace(twin, np.random.default_rng([seed, 1]), config.start_range_m)
+    rng = np.random.default_rng([seed, 1])
+    displace(twin, rng, config.start_range_m)
     size = (config.twin.picture_height, config.twin.picture_width)
     instruction = embodiment.instructions[0]
     writer = EpisodeWriter(folder, embodiment, int(embodiment.policy_rate_hz), instruction, "twin", size)
@@ -158,13 +166,14 @@ def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) ->
             "requested_action": action,
             "capture_stamp_ns": (steps + 1) * period_ns,
         }
-        writer.add({name: picture.copy() for name, picture in twin.pictures().items()}, row)
-        twin.step(action)
+        writer.add(twin.pictures(), row)
+        twin.step(action + np.append(rng.normal(0.0, config.action_noise_m, 3), [0.0] * 4))
         steps += 1
     if not twin.facts.success:
         writer.discard()
         return Attempt(seed, False, steps, "")
-    return Attempt(seed, True, steps, str(writer.close(success=True, extra={"seed": seed})))
+    extra = {"seed": seed, "action_noise_m": config.action_noise_m}
+    return Attempt(seed, True, steps, str(writer.close(success=True, extra=extra)))
 
 
 def displace(twin: Twin, rng: np.random.Generator, range_m: float) -> None:
