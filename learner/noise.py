@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class NoiseConfig:
 
     std_min: float = 0.08
     std_max: float = 0.16
-    hidden: tuple[int, ...] = (128, 64)
+    hidden: list[int] = field(default_factory=lambda: [128, 64])
 
     def __post_init__(self):
         if not 0.0 < self.std_min <= self.std_max:

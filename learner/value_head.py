@@ -1,6 +1,7 @@
 """The critic: a small MLP on features that somebody else pooled."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 class ValueHead(nn.Module):
     """features [B, width] -> value float32 [B]. Kaiming init, last layer N(0, 0.02): values start near zero."""
 
-    def __init__(self, width: int, hidden: tuple[int, ...] = (512, 256, 128)):
+    def __init__(self, width: int, hidden: Sequence[int] = (512, 256, 128)):
         super().__init__()
         layers: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise((width, *hidden)):

@@ -50,6 +50,15 @@ class Normaliser:
             return x * (high + (self._epsilon if self.convention == "openpi" else 0.0)) + low
         return (x + 1.0) / 2.0 * self._range(low, high) + low
 
+    def as_lerobot(self) -> "Normaliser":
+        """The same map in LeRobot's convention, for saving: openpi's epsilon goes into the statistics (float32 rounding
+        apart)."""
+        if self.convention == "lerobot" or self.mode == "IDENTITY":
+            return Normaliser(self.mode, self.statistics)
+        low, high = MODES[self.mode]
+        widened = self.statistics[high] + self._epsilon
+        return Normaliser(self.mode, {**self.statistics, low: self.statistics[low], high: widened})
+
     @property
     def _epsilon(self) -> float:
         return 1e-6 if self.convention == "openpi" else 1e-8

@@ -61,7 +61,7 @@ class Pi0Config:
     value_after_vlm: bool = True  # the critic reads the prefix; else the expert's features
     value_vlm_mode: str = "mean_token"  # first_token, last_token
     value_masked_pooling: bool = True  # off: padding positions of the prompt count too, as in RLinf
-    value_hidden: tuple[int, ...] = (512, 256, 128)
+    value_hidden: list[int] = field(default_factory=lambda: [512, 256, 128])
     detach_critic_input: bool = False  # value gradients do not reach the expert
     chunk_critic_input: bool = False  # the expert critic averages the executed steps only
 
@@ -202,6 +202,14 @@ class Pi0Policy(nn.Module):
         actions = self._to_contract(states[:, -1])
         return Sample(actions, states, index, self._executed(log_prob), value, prepared)
 
+    @torch.no_grad()
+    def value(self, prepared: Prepared) -> Tensor:
+        """The critic alone. One on the expert reads the features of a freshly sampled chunk."""
+        self.refresh()
+        if self.value_head is None or self.config.value_after_vlm:
+            return self._value(self._prefix_tensors(prepared)[1], torch.empty(len(prepared), 0, device=self.device))
+        return self.sample(prepared).value
+
     def scores(self, prepared: Prepared, chain: Tensor, denoise_index: Tensor) -> Scores:
         flow, device = self.config.flow, self.device
         chain, denoise_index = chain.to(device), denoise_index.to(device)
@@ -235,6 +243,11 @@ class Pi0Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.action_in.weight.device
+
+    def heads(self) -> nn.ModuleDict:
+        """What a policy has besides the released network: `value_head`, `noise_head`."""
+        named = {"value_head": self.value_head, "noise_head": self.noise_head}
+        return nn.ModuleDict({name: head for name, head in named.items() if head is not None})
 
     @property
     def tokenizer(self) -> Tokenizer:

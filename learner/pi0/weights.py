@@ -44,11 +44,10 @@ def released_names(config: ModelConfig) -> dict[str, Pieces]:
 
 
 def to_released(model: Pi0Model) -> dict[str, Tensor]:
-    """The model's parameters under their released names and shapes."""
-    ours = dict(model.named_parameters())
+    """The model's parameters under their released names and shapes, LoRA adapters merged in."""
     released = {}
     for name, pieces in released_names(model.config).items():
-        parts = ours[name].detach().split([shape[0] for _, shape in pieces])
+        parts = _merged(model, name).split([shape[0] for _, shape in pieces])
         released |= {key: part.reshape(shape) for (key, shape), part in zip(pieces, parts, strict=True)}
     return released
 
@@ -74,14 +73,29 @@ def load_released(model: Pi0Model, tensors: dict[str, Tensor], allow: Iterable[s
             f"{source} does not fit this {model.config.variant} model; nothing was loaded. "
             "Fix the checkpoint or the model's shapes, or accept keys by name with allow:\n  " + "\n  ".join(problems)
         )
-    ours = dict(model.named_parameters())
     with torch.no_grad():
         for name, pieces in names.items():
-            parts = ours[name].split([shape[0] for _, shape in pieces])
+            parts = _parameter(model, name).split([shape[0] for _, shape in pieces])
             for (key, shape), part in zip(pieces, parts, strict=True):
                 value = tensors.get(key)
                 if value is not None and tuple(value.shape) == shape:
                     part.copy_(value.reshape(part.shape))
+
+
+def _parameter(model: Pi0Model, name: str) -> Tensor:
+    """By our name, which an adapter around the layer does not change."""
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    return getattr(getattr(module, "base_layer", module), kind)
+
+
+def _merged(model: Pi0Model, name: str) -> Tensor:
+    parameter = _parameter(model, name).detach()
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    if kind != "weight" or not hasattr(module, "base_layer"):
+        return parameter
+    return (parameter.float() + module.get_delta_weight("default").detach()).to(parameter.dtype)
 
 
 def _linear(ours: str, theirs: dict[str, int], fan_in: int, bias: bool = True) -> dict[str, Pieces]:

@@ -4,7 +4,8 @@ LeRobot 0.6.1 has no small variant, so during construction its Gemma shapes are 
 are wrapped to shrink vision tower, projector and vocabulary. Its forward pass is untouched.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -26,7 +27,7 @@ def build_peer(
     model: ModelConfig, cameras: tuple[str, ...] = ("third_person", "wrist"), device: str = "cpu", **options
 ) -> torch.nn.Module:
     """A LeRobot policy with the shapes of `model` and random weights everywhere (its own init leaves zeros)."""
-    module, policy_class, config_class = PEERS[model.variant]
+    _, policy_class, config_class = PEERS[model.variant]
     config = config_class(
         device=device,
         chunk_size=model.horizon,
@@ -41,12 +42,20 @@ def build_peer(
     }
     config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (7,))
     config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (7,))}
-    with ExitStack() as stack:
-        for name, replacement in _shrunk(module, model).items():
-            stack.enter_context(mock.patch.object(module, name, replacement))
+    with shrunk(model):
         policy = policy_class(config)
     randomise(policy)
     return policy
+
+
+@contextmanager
+def shrunk(model: ModelConfig) -> Iterator[None]:
+    """Within it, LeRobot constructs policies of `model`'s shapes."""
+    module = PEERS[model.variant][0]
+    with ExitStack() as stack:
+        for name, replacement in _replacements(module, model).items():
+            stack.enter_context(mock.patch.object(module, name, replacement))
+        yield
 
 
 def randomise(policy: torch.nn.Module, seed: int = 0) -> None:
@@ -59,7 +68,7 @@ def randomise(policy: torch.nn.Module, seed: int = 0) -> None:
         parameter.data.copy_(noise * scale)
 
 
-def _shrunk(module, model: ModelConfig) -> dict:
+def _replacements(module, model: ModelConfig) -> dict:
     def gemma_config(variant):
         shape = model.language if variant == "gemma_2b" else model.expert
         return module.GemmaConfig(shape.width, shape.depth, shape.mlp_width, shape.heads, 1, shape.head_width)

@@ -1,0 +1,188 @@
+"""pi0 and pi0.5 policies as files: folders that LeRobot opens too, and folders in openpi-PyTorch's layout.
+
+A policy folder holds LeRobot's own files (config.json, model.safetensors, pre- and postprocessor with the
+normalisation) and two of ours: policy.json, the whole `Pi0Config`, and heads.safetensors, the critic and the noise head
+(present if the policy has one). LoRA adapters are merged into model.safetensors; a reloaded policy starts fresh ones.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from bridge.embodiment import Embodiment
+from learner.load import CONFIG, WEIGHTS, require_fit
+from learner.pi0.config import ModelConfig, VisionConfig
+from learner.pi0.inputs import Tokenizer
+from learner.pi0.lerobot_files import policy_config, processor_files, read_processors
+from learner.pi0.normalise import Normaliser
+from learner.pi0.policy import Pi0Config, Pi0Policy
+from learner.pi0.weights import load_released, to_released
+
+POLICY, HEADS = "policy.json", "heads.safetensors"
+IMAGES = "observation.images."
+
+
+def bundle_files(policy: Pi0Policy) -> dict[str, bytes]:
+    """For `bridge.checkpoint.write_bundle`. The language-model heads that no pi0 uses are not among the weights."""
+    weights = {f"model.{key}": value.cpu().contiguous() for key, value in to_released(policy.model).items()}
+    files = {
+        CONFIG: json.dumps(policy_config(policy), indent=2).encode(),
+        WEIGHTS: save(weights, metadata={"format": "pt"}),
+        POLICY: json.dumps(asdict(policy.config), indent=2).encode(),
+        **processor_files(policy),
+    }
+    heads = {key: value.detach().cpu().contiguous() for key, value in policy.heads().state_dict().items()}
+    return files | ({HEADS: save(heads)} if heads else {})
+
+
+def from_bundle(folder: Path, embodiment: Embodiment, device: str = "cpu") -> Pi0Policy:
+    """A policy that `bundle_files` wrote (its config is read from policy.json), or one that LeRobot saved."""
+    path = folder / POLICY
+    if not path.exists():
+        return load_lerobot(folder, embodiment, device=device)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Pi0Config), OmegaConf.create(path.read_text()))
+        config = cast(Pi0Config, OmegaConf.to_object(merged))
+    except (OSError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: {error}") from error
+    policy = load_lerobot(folder, embodiment, config, device=device)
+    heads = policy.heads()
+    if heads.state_dict():
+        tensors = read_tensors(folder / HEADS)
+        require_fit(heads, tensors, str(folder / HEADS))
+        heads.load_state_dict(tensors)
+    return policy
+
+
+def load_lerobot(
+    folder: Path,
+    embodiment: Embodiment,
+    config: Pi0Config | None = None,
+    tokenizer: Tokenizer | None = None,
+    allow: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+) -> Pi0Policy:
+    """A policy from a folder that LeRobot's `save_pretrained` (or `bundle_files`) wrote.
+
+    Without `config` the shapes and cameras are LeRobot's config.json's. With one, its `cameras` name ours in the order
+    of the checkpoint's. `allow`: weight names that may be missing, unexpected or misshapen.
+
+    Raises ValueError naming the file and everything in it that does not fit; nothing is ever left at random values.
+    """
+    saved = read_json(folder / CONFIG)
+    config = config or config_from_lerobot(saved, folder / CONFIG)
+    if saved.get("type") != config.model.variant:
+        raise ValueError(
+            f"{folder / CONFIG} is a {saved.get('type')!r} checkpoint, the policy is {config.model.variant!r}"
+        )
+    state, action, state_in_prompt = read_processors(folder)
+    config = replace(config, state_in_prompt=state_in_prompt)
+    return _build(folder, config, embodiment, state, action, tokenizer, allow, device)
+
+
+def load_openpi(
+    folder: Path,
+    embodiment: Embodiment,
+    config: Pi0Config,
+    asset_id: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    allow: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+) -> Pi0Policy:
+    """A policy from an openpi-PyTorch folder: model.safetensors and one norm_stats.json below (of `asset_id`, where
+    there are several). The layout says nothing about the network, so `config` does. Raises ValueError as above."""
+    found = sorted(
+        p for p in folder.rglob("norm_stats.json") if asset_id is None or p.parent.as_posix().endswith(asset_id)
+    )
+    if len(found) != 1:
+        names = [str(p.relative_to(folder)) for p in found] or "none"
+        raise ValueError(f"{folder}: needs exactly one norm_stats.json (asset_id {asset_id!r}), found {names}")
+    statistics = read_json(found[0])
+    statistics = statistics.get("norm_stats", statistics)
+    mode = "QUANTILES" if config.model.variant == "pi05" else "MEAN_STD"
+    names = {"QUANTILES": ("q01", "q99"), "MEAN_STD": ("mean", "std")}[mode]
+
+    def normaliser(key: str, width: int | None) -> Normaliser:
+        try:
+            values = {name: torch.tensor(statistics[key][name], dtype=torch.float32)[:width] for name in names}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{found[0]}: no {' and '.join(names)} of {key!r}: {error!r}") from error
+        return Normaliser(mode, values, "openpi")
+
+    action = normaliser("actions", config.action_env_dim)
+    return _build(folder, config, embodiment, normaliser("state", None), action, tokenizer, allow, device)
+
+
+def config_from_lerobot(saved: dict[str, Any], path: Path) -> Pi0Config:
+    """What LeRobot's config.json says about a released-size network."""
+    variants = (saved.get("paligemma_variant"), saved.get("action_expert_variant"))
+    if saved.get("type") not in ("pi0", "pi05") or variants != ("gemma_2b", "gemma_300m"):
+        raise ValueError(
+            f"{path}: type {saved.get('type')!r} with {variants}: only pi0 and pi05 of gemma_2b and gemma_300m"
+        )
+    if saved.get("use_relative_actions"):
+        raise ValueError(f"{path}: use_relative_actions is on; actions here are deltas from the commanded target")
+    horizon = saved["chunk_size"]
+    model = ModelConfig(
+        variant=saved["type"],
+        vision=VisionConfig(image_size=saved["image_resolution"][0]),
+        prompt_tokens=saved["tokenizer_max_length"],
+        horizon=horizon,
+        action_width=saved["max_action_dim"],
+        state_width=saved["max_state_dim"],
+    )
+    return Pi0Config(
+        model=model,
+        cameras=[key.removeprefix(IMAGES) for key in saved["input_features"] if key.startswith(IMAGES)],
+        num_action_chunks=min(saved["n_action_steps"], horizon),
+        action_env_dim=saved["output_features"]["action"]["shape"][0],
+        num_inference_steps=saved["num_inference_steps"],
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises ValueError when the file is absent or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError when the file is absent or no JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def _build(
+    folder: Path,
+    config: Pi0Config,
+    embodiment: Embodiment,
+    state: Normaliser,
+    action: Normaliser,
+    tokenizer: Tokenizer | None,
+    allow: Iterable[str],
+    device: torch.device | str,
+) -> Pi0Policy:
+    if action.width not in (None, config.action_env_dim):
+        raise ValueError(
+            f"{folder}: action statistics are {action.width}-D, the policy's action_env_dim is {config.action_env_dim}"
+        )
+    tensors = read_tensors(folder / WEIGHTS)
+    policy = Pi0Policy(config, embodiment, state, action, tokenizer, device)
+    load_released(policy.model, tensors, allow, str(folder / WEIGHTS))
+    return policy.eval()
