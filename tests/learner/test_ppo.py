@@ -260,7 +260,7 @@ def test_ppo_earns_more():
     policy = tiny_policy()
     policy.freeze_eyes()
     config = TrainConfig(
-        queries=6, algo=AlgoConfig(beta=0.0, lr=3e-3, critic_warmup_steps=2, gamma=0.5, update_epochs=3)
+        episodes=6, algo=AlgoConfig(beta=0.0, lr=3e-3, critic_warmup_steps=2, gamma=0.5, update_epochs=3)
     )
     trainer = Trainer(config, policy, PushEnv(), None)
     rewards = [trainer.iterate()["env/return"] for _ in range(8)]
