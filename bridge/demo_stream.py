@@ -92,8 +92,7 @@ class DemoSender:
             )
         target = self.spool_dir / record.uuid
         if not target.exists():
-            unfinished = self.spool_dir / f".{record.uuid}"
-            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = self.spool_dir / f".{record.uuid}.{time.time_ns()}.new"
             durable.make_folder(unfinished)
             for name in names:
                 durable.place(episode_folder / name, unfinished / name)
@@ -210,7 +209,7 @@ class DemoSender:
             self._changed.notify_all()
 
     def _drop(self, folder: Path) -> None:
-        gone = folder.with_name(f".{folder.name}")
+        gone = folder.with_name(f".{folder.name}.{time.time_ns()}.stored")
         durable.replace(folder, gone)  # one step, so that a kill cannot leave half an episode in the spool
         shutil.rmtree(gone)
 
