@@ -31,13 +31,14 @@ def draw(
     width: int,
     height: int,
     extra_features: Tensor | None,
+    antialiased: bool,
 ) -> tuple[Tensor, Tensor]:
     """`T_cam_segment` [I, S, 4, 4], `K` [I, 3, 3] with half-integer pixel centres, `extra_features` [G, E] or None.
 
     Returns channels [I, H, W, 4 + E] (colour, depth, extra; premultiplied) and alpha [I, H, W].
     """
-    seen = project(cloud, T_cam_segment, K, width, height)
-    features, opacities = seen.colours, cloud.opacities.expand(len(K), len(cloud))
+    seen = project(cloud, T_cam_segment, K, width, height, antialiased)
+    features = seen.colours
     if extra_features is not None:
         features = torch.cat([features, extra_features.expand(len(K), *extra_features.shape)], dim=-1)
     tile = reference.TILE_PX
@@ -45,12 +46,14 @@ def draw(
     _, keys, flat_ids = gsplat.isect_tiles(seen.means_px, seen.radii_px, seen.depths_m, tile, tiles_x, tiles_y)
     offsets = gsplat.isect_offset_encode(keys, len(K), tiles_x, tiles_y)
     channels, alpha = gsplat.rasterize_to_pixels(
-        seen.means_px, seen.conics_px, features, opacities, width, height, tile, offsets, flat_ids
+        seen.means_px, seen.conics_px, features, seen.opacities, width, height, tile, offsets, flat_ids
     )
     return channels, alpha[..., 0]
 
 
-def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int) -> reference.Projection:
+def project(
+    cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int, antialiased: bool = False
+) -> reference.Projection:
     """`reference.project` for I pictures: its fields with a leading I, depth also as the fourth of `colours` [I, G, 4].
 
     Values of a Gaussian with radius 0 are undefined (not written).
@@ -62,14 +65,15 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
         conics_px=K.new_empty(I, G, 3),
         depths_m=K.new_empty(I, G),
         radii_px=torch.empty(I, G, 2, dtype=torch.int32, device=K.device),
+        opacities=K.new_empty(I, G),
         colours=K.new_empty(I, G, NUM_FEATURES),
     )
     if G:
         # Pictures run fastest, so that a block of the cloud is read from memory once and then from cache.
         _project[(I, triton.cdiv(G, BLOCK))](
             means, covariances, cloud.opacities, sh, cloud.segment_ids, T_cam_segment.contiguous(), K.contiguous(),
-            seen.means_px, seen.conics_px, seen.depths_m, seen.radii_px, seen.colours,
-            G, S, width, height, cloud.degree, BLOCK,
+            seen.means_px, seen.conics_px, seen.depths_m, seen.radii_px, seen.opacities, seen.colours,
+            G, S, width, height, cloud.degree, antialiased, BLOCK,
         )  # fmt: skip
     return seen
 
@@ -104,8 +108,8 @@ def _colour(sh_ptr, channel: tl.constexpr, g, G, seen, x, y, z, DEGREE: tl.const
 @triton.jit
 def _project(
     means_ptr, covariances_ptr, opacities_ptr, sh_ptr, ids_ptr, T_ptr, K_ptr,
-    means_px_ptr, conics_px_ptr, depths_m_ptr, radii_px_ptr, features_ptr,
-    G, S, width, height, DEGREE: tl.constexpr, BLOCK: tl.constexpr,
+    means_px_ptr, conics_px_ptr, depths_m_ptr, radii_px_ptr, seen_opacities_ptr, features_ptr,
+    G, S, width, height, DEGREE: tl.constexpr, ANTIALIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK Gaussians of one picture; the same steps as `reference.project`."""
     image = tl.program_id(0)
@@ -124,7 +128,7 @@ def _project(
     opacity = tl.load(opacities_ptr + g, valid, 0.0)
 
     depth = r20 * mx + r21 * my + r22 * mz + t2
-    seen = valid & (depth >= NEAR_M) & (opacity >= MIN_ALPHA)
+    seen = valid & (depth >= NEAR_M)
     z = tl.where(seen, depth, 1.0)
     x = (r00 * mx + r01 * my + r02 * mz + t0) / z
     y = (r10 * mx + r11 * my + r12 * mz + t1) / z
@@ -144,11 +148,14 @@ def _project(
     u2 = m00 * sxz + m01 * syz + m02 * szz
     v0, v1 = m10 * sxx + m11 * sxy + m12 * sxz, m10 * sxy + m11 * syy + m12 * syz
     v2 = m10 * sxz + m11 * syz + m12 * szz
-    xx = u0 * m00 + u1 * m01 + u2 * m02 + DILATION_PX2
-    xy = u0 * m10 + u1 * m11 + u2 * m12
-    yy = v0 * m10 + v1 * m11 + v2 * m12 + DILATION_PX2
+    xx, xy = u0 * m00 + u1 * m01 + u2 * m02, u0 * m10 + u1 * m11 + u2 * m12
+    yy = v0 * m10 + v1 * m11 + v2 * m12
+    sharp = xx * yy - xy * xy
+    xx, yy = xx + DILATION_PX2, yy + DILATION_PX2
     determinant = xx * yy - xy * xy
-    seen &= determinant > 0
+    if ANTIALIASED:
+        opacity *= tl.sqrt(tl.maximum(sharp / determinant, 0.0))
+    seen &= (determinant > 0) & (opacity >= MIN_ALPHA)
 
     extent = tl.minimum(tl.sqrt(2 * tl.log(tl.maximum(opacity / MIN_ALPHA, 1.0))), MAX_EXTENT)
     rx, ry = tl.ceil(extent * tl.sqrt(xx)), tl.ceil(extent * tl.sqrt(yy))
@@ -173,6 +180,7 @@ def _project(
     tl.store(conics_px_ptr + 3 * pair + 1, -xy / determinant, seen)
     tl.store(conics_px_ptr + 3 * pair + 2, xx / determinant, seen)
     tl.store(depths_m_ptr + pair, depth, seen)
+    tl.store(seen_opacities_ptr + pair, opacity, seen)
     tl.store(features_ptr + 4 * pair, red, seen)
     tl.store(features_ptr + 4 * pair + 1, green, seen)
     tl.store(features_ptr + 4 * pair + 2, blue, seen)

@@ -29,18 +29,24 @@ class Projection:
 
     means_px [G, 2], x right, y down, pixel centres at half-integers; conics_px [G, 3]: xx, xy, yy of the inverse
     covariance; depths_m [G] along the optical axis; radii_px int32 [G, 2]: half the bounding box, 0 where not drawn;
-    colours [G, 3], linear RGB from this viewpoint.
+    opacities [G]; colours [G, 3], linear RGB from this viewpoint.
     """
 
     means_px: Tensor
     conics_px: Tensor
     depths_m: Tensor
     radii_px: Tensor
+    opacities: Tensor
     colours: Tensor
 
 
-def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int) -> Projection:
-    """`T_cam_segment` [S, 4, 4] rigid; `K` [3, 3] with pixel centres at half-integers."""
+def project(
+    cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int, antialiased: bool = False
+) -> Projection:
+    """`T_cam_segment` [S, 4, 4] rigid; `K` [3, 3] with pixel centres at half-integers.
+
+    `antialiased` takes back in opacity what the dilation adds in area, so that far things do not swell.
+    """
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
     R, t = T_cam_segment[:, :3, :3], T_cam_segment[:, :3, 3]
     cam_pos_segment = -(R.mT @ t[:, :, None])[..., 0]  # [S, 3]
@@ -48,7 +54,7 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
 
     point = (R @ cloud.means_m[:, :, None])[..., 0] + t
     depth = point[:, 2]
-    drawn = (depth >= NEAR_M) & (cloud.opacities >= MIN_ALPHA)
+    drawn = depth >= NEAR_M
     z = torch.where(drawn, depth, 1.0)
     x, y = point[:, 0] / z, point[:, 1] / z
     means_px = torch.stack([fx * x + cx, fy * y + cy], dim=-1)
@@ -61,11 +67,16 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
     rows = [torch.stack([fx / z, zero, -fx * x / z], dim=-1), torch.stack([zero, fy / z, -fy * y / z], dim=-1)]
     M = torch.stack(rows, dim=-2) @ R  # [G, 2, 3], segment frame to screen
     covariance = M @ cloud.covariances_m2 @ M.mT
-    xx, xy, yy = covariance[:, 0, 0] + DILATION_PX2, covariance[:, 0, 1], covariance[:, 1, 1] + DILATION_PX2
+    xx, xy, yy = covariance[:, 0, 0], covariance[:, 0, 1], covariance[:, 1, 1]
+    sharp = xx * yy - xy * xy
+    xx, yy = xx + DILATION_PX2, yy + DILATION_PX2
     determinant = xx * yy - xy * xy
-    drawn &= determinant > 0
+    opacities = cloud.opacities
+    if antialiased:
+        opacities = opacities * (sharp / determinant).clamp_min(0).sqrt()
+    drawn &= (determinant > 0) & (opacities >= MIN_ALPHA)
 
-    extent = (2 * (cloud.opacities / MIN_ALPHA).clamp_min(1).log()).sqrt().clamp_max(MAX_EXTENT)
+    extent = (2 * (opacities / MIN_ALPHA).clamp_min(1).log()).sqrt().clamp_max(MAX_EXTENT)
     radii = (extent[:, None] * torch.stack([xx, yy], dim=-1).sqrt()).ceil()
     size = torch.tensor([width, height], device=radii.device)
     drawn &= ((means_px + radii > 0) & (means_px - radii < size)).all(dim=-1)
@@ -76,16 +87,17 @@ def project(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, 
         conics_px=torch.stack([yy, -xy, xx], dim=-1) / determinant[:, None],
         depths_m=depth,
         radii_px=torch.where(drawn[:, None], radii, 0).int(),
+        opacities=opacities,
         colours=harmonics.colours(cloud.sh, direction),
     )
 
 
-def blend(seen: Projection, opacities: Tensor, features: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
+def blend(seen: Projection, features: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     """Blend `features` [G, C] front to back: [height, width, C] over black, and alpha [height, width]."""
     drawn = seen.radii_px.amin(dim=-1).nonzero()[:, 0]
     order = drawn[torch.argsort(seen.depths_m[drawn], stable=True)]
     means_px, conics_px, radii_px = seen.means_px[order], seen.conics_px[order], seen.radii_px[order]
-    opacities, features = opacities[order], features[order]
+    opacities, features = seen.opacities[order], features[order]
     low, high = means_px - radii_px, means_px + radii_px
 
     picture = features.new_zeros(height, width, features.shape[1])

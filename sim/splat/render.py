@@ -72,14 +72,17 @@ def render(
     background: Tensor | None = None,
     backend: str = "auto",
     segments: bool = False,
+    antialiased: bool = False,
     images_per_call: int | None = None,
 ) -> RenderOutput:
     """All cameras of all environments.
 
     `T_world_segment` [N, S, 4, 4], rigid, one for each of the cloud's segments. `background` broadcasts to
     [N, M, H, W, 3]. `backend`: "gsplat" (CUDA), "torch" (any device), or "auto", gsplat on CUDA. `segments` asks for
-    the segment mask. `images_per_call` bounds the memory of the gsplat backend. Everything happens on the cloud's
-    device. Raises ValueError for shapes that do not fit and for an unknown backend.
+    the segment mask. `antialiased` keeps small and far things from swelling; right for clouds that were trained so, and
+    for pictures much smaller than those that a cloud was trained on. `images_per_call` bounds the memory of the gsplat
+    backend. Everything happens on the cloud's device. Raises ValueError for shapes that do not fit and for an unknown
+    backend.
     """
     N, M = cameras.K.shape[:2]
     expected = (N, len(cloud.segment_names), 4, 4)
@@ -99,7 +102,10 @@ def render(
     K[:, :2, 2] += 0.5  # from pixel centres at integers to pixel centres at half-integers
 
     step = images_per_call or max(1, PAIRS_PER_CALL // max(1, len(cloud)))
-    parts = [draw(cloud, T_cam_segment[i : i + step], K[i : i + step], *size, segments) for i in range(0, len(K), step)]
+    parts = [
+        draw(cloud, T_cam_segment[i : i + step], K[i : i + step], *size, segments, antialiased)
+        for i in range(0, len(K), step)
+    ]
     channels, alpha = (torch.cat(part).unflatten(0, (N, M)) for part in zip(*parts, strict=True))
     return _output(channels, alpha, background, segments)
 
@@ -145,24 +151,24 @@ def _segment_features(cloud: GaussianCloud) -> Tensor:
 
 
 def _draw_with_torch(
-    cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int, segments: bool
+    cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int, segments: bool, antialiased: bool
 ) -> tuple[Tensor, Tensor]:
     """channels [I, H, W, 4 (+ S)] and alpha [I, H, W]."""
     channels, alphas = [], []
     for T, k in zip(T_cam_segment, K, strict=True):
-        seen = reference.project(cloud, T, k, width, height)
+        seen = reference.project(cloud, T, k, width, height, antialiased)
         features = [seen.colours, seen.depths_m[:, None]] + ([_segment_features(cloud)] if segments else [])
-        channel, alpha = reference.blend(seen, cloud.opacities, torch.cat(features, dim=-1), width, height)
+        channel, alpha = reference.blend(seen, torch.cat(features, dim=-1), width, height)
         channels.append(channel)
         alphas.append(alpha)
     return torch.stack(channels), torch.stack(alphas)
 
 
 def _draw_with_gsplat(
-    cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int, segments: bool
+    cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int, segments: bool, antialiased: bool
 ) -> tuple[Tensor, Tensor]:
     """The same, all pictures at once."""
     from sim.splat import fused  # needs gsplat and triton, which a laptop may lack
 
     features = _segment_features(cloud) if segments else None
-    return fused.draw(cloud, T_cam_segment, K, width, height, features)
+    return fused.draw(cloud, T_cam_segment, K, width, height, features, antialiased)

@@ -24,13 +24,14 @@ PEER_INTERFACES = ("gs_rlinf",)
 @dataclass
 class SplatConfig:
     """`scene`: the folder with scene.yaml. `device`: "auto" is CUDA where there is one. `cache_fixed`: what is fixed in
-    the world is drawn once for a camera that is fixed too. `images_per_call`: how many pictures the GPU works on at
-    once, None for what `PAIRS_PER_CALL` allows."""
+    the world is drawn once for a camera that is fixed too. `antialiased`: see `render`. `images_per_call`: how many
+    pictures the GPU works on at once, None for what `PAIRS_PER_CALL` allows."""
 
     scene: str = ""
     backend: str = "auto"
     device: str = "auto"
     cache_fixed: bool = True
+    antialiased: bool = False
     images_per_call: int | None = None
 
     def __post_init__(self):
@@ -124,7 +125,14 @@ class SplatRenderer:
 
     def _draw(self, cloud: GaussianCloud, T_world_segment: Tensor, cameras: Cameras) -> RenderOutput:
         config = self._config
-        return render(cloud, T_world_segment, cameras, backend=config.backend, images_per_call=config.images_per_call)
+        return render(
+            cloud,
+            T_world_segment,
+            cameras,
+            backend=config.backend,
+            antialiased=config.antialiased,
+            images_per_call=config.images_per_call,
+        )
 
     def _fixed_layer(self, T_world_segment: Tensor, cameras: Cameras) -> RenderOutput:
         """What is fixed in the world, for cameras that are: [N, M, ...], or [1, M, ...] where environments agree."""

@@ -13,12 +13,13 @@ def on_gpu(cams: Cameras) -> Cameras:
     return Cameras(cams.K.cuda(), cams.T_world_cam.cuda(), cams.width, cams.height)
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2, 3])
-def test_gsplat_draws_what_the_reference_draws(degree):
+@pytest.mark.parametrize(("degree", "antialiased"), [(0, False), (1, False), (2, True), (3, False)])
+def test_gsplat_draws_what_the_reference_draws(degree, antialiased):
     cloud, T, cams = tabletop(3000, degree), poses(3), cameras(3, 110, 90)
     background = torch.tensor([0.2, 0.4, 0.6])
-    expected = render(cloud, T, cams, background=background, segments=True, backend="torch")
-    got = render(cloud.to("cuda"), T.cuda(), on_gpu(cams), background=background, segments=True)
+    options = {"background": background, "segments": True, "antialiased": antialiased}
+    expected = render(cloud, T, cams, backend="torch", **options)
+    got = render(cloud.to("cuda"), T.cuda(), on_gpu(cams), **options)
     assert got.rgb.is_cuda
     assert psnr_db(got.rgb.cpu(), expected.rgb) > 40
     assert torch.eq(mask(got).cpu(), mask(expected)).float().mean() > 0.999

@@ -52,6 +52,19 @@ def test_one_gaussian_by_hand():
     assert torch.equal(rgb[16, 23], torch.zeros(3))
 
 
+def test_antialiasing_by_hand():
+    """2 mm at 2 m are 0.1 px: dilated to 0.01 + 0.3 px^2, whose extra area is taken back in opacity."""
+    tiny = gaussians((0, 0, 2, 0.002, 0.8, (1, 1, 1)))
+    assert render(tiny, EYE, camera()).alpha[0, 0, 16, 16] == pytest.approx(0.8, abs=1e-5)
+    alpha = render(tiny, EYE, camera(), antialiased=True).alpha[0, 0]
+    assert alpha[16, 16] == pytest.approx(0.8 * 0.01 / 0.31, abs=1e-5)
+    assert alpha[16, 17] == pytest.approx(0.8 * 0.01 / 0.31 * math.exp(-0.5 / 0.31), abs=1e-5)
+    # a large one hardly changes: 400 px^2 / 400.3 px^2
+    large = gaussians((0, 0, 2, 0.4, 0.8, (1, 1, 1)))
+    alpha = render(large, EYE, camera(), antialiased=True).alpha[0, 0, 16, 16]
+    assert alpha == pytest.approx(0.8 * 400 / 400.3, abs=1e-5)
+
+
 def test_a_pixel_to_the_right_and_below():
     # x right, y down: 0.1 m at 2 m is 5 px
     alpha = render(gaussians((0.1, -0.06, 2, 0.01, 0.9, (1, 1, 1))), EYE, camera()).alpha[0, 0]

@@ -177,7 +177,7 @@ def test_contract_cameras_keep_their_rays():
 
 def test_gs_kwargs_are_mapped():
     peer = {"render_interface": "gs_rlinf", "cache_table": False, "render_bs": 4, "device": "cpu"}
-    assert SplatConfig.from_gs_kwargs("cell", peer) == SplatConfig("cell", "auto", "cpu", False, 4)
+    assert SplatConfig.from_gs_kwargs("cell", peer) == SplatConfig("cell", "auto", "cpu", False, images_per_call=4)
     assert SplatConfig.from_gs_kwargs("cell", {}) == SplatConfig("cell")
     for bad, message in (
         ({"render_batch": 4}, "unknown key 'render_batch'"),
