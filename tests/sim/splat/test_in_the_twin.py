@@ -54,6 +54,6 @@ def test_cube_and_plate_are_where_sapien_draws_them(tmp_path):
             ours = torch.eq(mask(output)[0, m], names.index(name)).numpy()
             if theirs.sum() < 30:
                 continue
-            assert overlap(ours, theirs) > 0.7, f"{name} in {camera}"
-            assert np.abs(centre(ours) - centre(theirs)).max() < 0.75, f"{name} in {camera}"  # px
+            assert overlap(ours, theirs) > 0.65, f"{name} in {camera}"
+            assert np.abs(centre(ours) - centre(theirs)).max() < 1.0, f"{name} in {camera}"  # px
     assert shown["plate"].sum() > 300  # the wrist camera sees it well
