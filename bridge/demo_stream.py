@@ -93,12 +93,16 @@ class DemoSender:
         target = self.spool_dir / record.uuid
         if not target.exists():
             unfinished = self.spool_dir / f".{record.uuid}.{time.time_ns()}.new"
-            durable.make_folder(unfinished)
-            for name in names:
-                durable.place(episode_folder / name, unfinished / name)
-            files = {name: describe(unfinished / name).to_json() for name in names}
-            durable.write_text(unfinished / MANIFEST, json.dumps({"uuid": record.uuid, "files": files}))
-            durable.replace(unfinished, target)
+            try:
+                durable.make_folder(unfinished)
+                for name in names:
+                    durable.place(episode_folder / name, unfinished / name)
+                files = {name: describe(unfinished / name).to_json() for name in names}
+                durable.write_text(unfinished / MANIFEST, json.dumps({"uuid": record.uuid, "files": files}))
+                durable.replace(unfinished, target)
+            except OSError:  # a full disk: leave nothing that fills it further
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
         self._counts["enqueued"] += 1
 
     def pending(self) -> int:

@@ -216,6 +216,7 @@ def test_a_spool_that_cannot_be_written_says_so(row, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             sender.enqueue(folder)
         assert sender.pending() == 0
+        assert not list((tmp_path / "spool").iterdir())
     row.update(channel="demos", fault="full disk at the robot", outcomes={"OSError": 1}, after="nothing half-stored")
 
 
