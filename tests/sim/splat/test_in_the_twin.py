@@ -2,7 +2,6 @@
 
 import gymnasium as gym
 import numpy as np
-import pytest
 import torch
 from omegaconf import OmegaConf
 
@@ -14,8 +13,6 @@ from sim.splat.renderer import SplatConfig, SplatRenderer, contract_cameras
 from sim.twin import put_cube  # noqa: F401  registers the task
 from sim.twin.config import Randomization, TwinConfig
 from tests.sim.splat.scenes import mask
-
-pytestmark = pytest.mark.slow
 
 EMBODIMENT = Embodiment.from_dict(OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "embodiment/fr3_tabletop.yaml")))
 
