@@ -294,8 +294,9 @@ def _kernel(x, v, feature, index, chosen, config, noise_level, noise_std) -> tup
         std = noise_std(feature).float()
         return step_mean(x, v, ode), torch.where(_over_actions(chosen), std, torch.zeros_like(std))
     step = transition(config.method, config.num_steps, index, noise_level)
+    assert step.std is not None
     w1 = torch.where(chosen, step.w1, ode.w1)
-    std = torch.where(chosen, step.std, ode.std)
+    std = torch.where(chosen, step.std, torch.zeros_like(step.std))
     return step_mean(x, v, Transition(step.t, step.w0, w1, std)), _over_actions(std).expand_as(x)
 
 

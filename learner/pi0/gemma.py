@@ -63,10 +63,10 @@ class Scene(NamedTuple):
 
 
 class GemmaLayer(nn.Module):
-    def __init__(self, config: GemmaConfig, adaptive: bool):
+    def __init__(self, config: GemmaConfig, adaptive: bool, leading_state: bool):
         super().__init__()
         self.heads, self.head_width = config.heads, config.head_width
-        self.leading_state = False  # pi0's expert: the first token sees no later one
+        self.leading_state = leading_state  # pi0's expert: the first token sees no later one
         self.attn_norm = RMSNorm(config.width, adaptive)
         self.qkv = Linear(config.width, (config.heads + 2) * config.head_width, bias=False)
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
@@ -132,10 +132,10 @@ def _finish(norm: RMSNorm, stream: Stream, modulation: Tensor | None) -> Tensor:
 
 
 class GemmaStack(nn.Module):
-    def __init__(self, config: GemmaConfig, adaptive: bool):
+    def __init__(self, config: GemmaConfig, adaptive: bool, leading_state: bool = False):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(GemmaLayer(config, adaptive) for _ in range(config.depth))
+        self.layers = nn.ModuleList(GemmaLayer(config, adaptive, leading_state) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, adaptive)
         if adaptive:
             self.modulate = nn.Linear(config.width, config.depth * 6 * config.width)

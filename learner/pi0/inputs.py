@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def load_tokenizer(source: str | Path = PALIGEMMA) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(str(source), local_files_only=True))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no PaliGemma tokenizer at {str(source)!r}. Accept its licence at huggingface.co/{PALIGEMMA}, run "

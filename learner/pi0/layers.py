@@ -22,8 +22,9 @@ class Linear(nn.Linear):
         self.register_buffer("working", None, persistent=False)
         self.working_version = -1
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.multiplier(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.multiplier(input.dtype), bias)
 
     def multiplier(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`; without gradient the working copy, if there is one."""

@@ -50,15 +50,14 @@ class Pi0Model(nn.Module):
         self.vision = VisionTower(config.vision, config.language.width)
         self.embed = nn.Embedding(config.vocabulary, config.language.width)
         self.language = GemmaStack(config.language, adaptive=False)
-        self.expert = GemmaStack(config.expert, adaptive=config.variant == "pi05")
+        adaptive = config.variant == "pi05"
+        self.expert = GemmaStack(config.expert, adaptive, leading_state=not adaptive)
         self.narrow = Runner(_narrow_product)
         self.action_in = nn.Linear(config.action_width, width)
         self.action_out = nn.Linear(width, config.action_width)
-        if config.variant == "pi05":
+        if adaptive:
             self.time_in, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
         else:
-            for layer in self.expert.layers:
-                layer.leading_state = True
             self.state_in = nn.Linear(config.state_width, width)
             self.time_in, self.time_out = nn.Linear(2 * width, width), nn.Linear(width, width)
 

@@ -55,9 +55,8 @@ class Normaliser:
         apart)."""
         if self.convention == "lerobot" or self.mode == "IDENTITY":
             return Normaliser(self.mode, self.statistics)
-        low, high = MODES[self.mode]
-        widened = self.statistics[high] + self._epsilon
-        return Normaliser(self.mode, {**self.statistics, low: self.statistics[low], high: widened})
+        upper = {"QUANTILES": "q99", "MEAN_STD": "std", "MIN_MAX": "max"}[self.mode]
+        return Normaliser(self.mode, {**self.statistics, upper: self.statistics[upper] + self._epsilon})
 
     @property
     def _epsilon(self) -> float:

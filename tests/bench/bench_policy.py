@@ -111,7 +111,7 @@ def peer_arguments(inputs: dict[str, torch.Tensor]) -> tuple:
     return list(images), list(mask), inputs["tokens"], inputs["token_mask"]
 
 
-def our_policy(bench: Bench, peer: torch.nn.Module, **options) -> Pi0Policy:
+def our_policy(bench: Bench, peer: Any, **options) -> Pi0Policy:
     names = {"q01": -torch.ones(7), "q99": torch.ones(7)}
     config = Pi0Config(model=bench.model, dtype=bench.dtype, **options)
     units = Normaliser("QUANTILES", names)
@@ -121,7 +121,7 @@ def our_policy(bench: Bench, peer: torch.nn.Module, **options) -> Pi0Policy:
     return policy
 
 
-def our_inputs(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def our_inputs(inputs: dict[str, torch.Tensor]) -> Any:
     return tuple(inputs[name] for name in ("images", "image_mask", "tokens", "token_mask", "state", "noise"))
 
 
@@ -129,7 +129,7 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours.double() - reference.double()).norm() / reference.double().norm())
 
 
-def peer_velocity(peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def peer_velocity(peer: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The peer's velocity at its random times, with gradient through the expert where its parameters ask for it."""
     images, masks, tokens, token_mask = peer_arguments(inputs)
     core = peer.model
@@ -150,7 +150,7 @@ def peer_velocity(peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tor
     return core.denoise_step(pad, cache, x, inputs["t"])
 
 
-def parity(bench: Bench, peer: torch.nn.Module) -> None:
+def parity(bench: Bench, peer: Any) -> None:
     """Velocity and a whole chunk's motion against the peer in float32. Leaves the peer in the bench's dtype."""
     inputs = bench.inputs(2, seed=7)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def parity(bench: Bench, peer: torch.nn.Module) -> None:
     )
 
 
-def chunks(bench: Bench, peer: torch.nn.Module) -> None:
+def chunks(bench: Bench, peer: Any) -> None:
     policy = our_policy(bench, peer)
     for batch, name in ((1, "chunk_b1_ms"), (bench.chunk_batch, "chunk_b64_ms")):
         inputs = bench.inputs(batch)
@@ -192,13 +192,13 @@ def chunks(bench: Bench, peer: torch.nn.Module) -> None:
         theirs = bench.seconds(
             lambda inputs=inputs: peer.model.sample_actions(*peer_arguments(inputs), noise=inputs["noise"]), repeats
         )
-        spread = {"ours_p95": 1e3 * sorted(ours)[int(0.95 * len(ours))]}
-        bench.record(name, 1e3 * statistics.median(ours), 1e3 * statistics.median(theirs), "ms", len(ours), **spread)
+        ours_ms, theirs_ms = 1e3 * statistics.median(ours), 1e3 * statistics.median(theirs)
+        bench.record(name, ours_ms, theirs_ms, "ms", len(ours), ours_p95=1e3 * sorted(ours)[int(0.95 * len(ours))])
         prefix = bench.seconds(lambda inputs=inputs: policy._prefix_graph(*our_inputs(inputs)[:4]))
         bench.details[f"{name}_prefix_alone_ms"] = 1e3 * statistics.median(prefix)
 
 
-def ppo_update(bench: Bench, peer: torch.nn.Module) -> None:
+def ppo_update(bench: Bench, peer: Any) -> None:
     """Forward and backward of one update of the expert, batch 32. The peer recomputes its frozen prefix."""
     inputs = bench.inputs(bench.ppo_batch)
     peer.model.paligemma_with_expert.train_expert_only = True
@@ -283,7 +283,7 @@ def _our_ppo_update(bench: Bench, peer, inputs, joint: bool, theirs: list[float]
     bench.record("ppo_update_b32_gb", ours_gb, peer_gb, "GB", 1, with_optimiser_gb=bench.peak_gb())
 
 
-def sft_update(bench: Bench, peer: torch.nn.Module) -> None:
+def sft_update(bench: Bench, peer: Any) -> None:
     """Forward, backward, clipping and AdamW of the whole model, same batch on both sides."""
     inputs, batch = bench.inputs(bench.sft_batch), bench.sft_batch
     ours, ours_gb, first_call_s = _our_sft(bench, peer, inputs)
@@ -303,7 +303,7 @@ def sft_update(bench: Bench, peer: torch.nn.Module) -> None:
     )
 
 
-def _our_sft(bench: Bench, peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[list[float], float, float]:
+def _our_sft(bench: Bench, peer: Any, inputs: dict[str, torch.Tensor]) -> tuple[list[float], float, float]:
     """Seconds of each update, peak GB, seconds of the first. The peer waits in host memory."""
     policy = our_policy(bench, peer, train_expert_only=False)
     policy.train()
@@ -330,7 +330,7 @@ def _our_sft(bench: Bench, peer: torch.nn.Module, inputs: dict[str, torch.Tensor
     return ours, bench.peak_gb(), first_call_s
 
 
-def _peer_sft(bench: Bench, peer: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
+def _peer_sft(bench: Bench, peer: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
     peer.to(bench.device).train()
     parameters = list(peer.parameters())
     peer_optimiser = torch.optim.AdamW(parameters, lr=1e-6)

@@ -1,13 +1,16 @@
 """Ours against LeRobot's PI0Policy and PI05Policy with the same tiny random weights, float32, same noise."""
 
 import json
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from bridge.checkpoint import write_bundle
 from bridge.embodiment import Embodiment
-from learner.pi0.bundle import bundle_files, from_bundle, load_lerobot, load_openpi
+from learner.load import load_policy
+from learner.pi0.bundle import bundle_files, load_lerobot, load_openpi
 from learner.pi0.config import tiny
 from learner.pi0.model import Pi0Model
 from learner.pi0.normalise import Normaliser
@@ -263,19 +266,22 @@ def test_lerobot_opens_what_we_write(pair, peer_folder, tmp_path_factory):
 
 
 def test_bundle_round_trip(pair, peer_folder, tmp_path_factory):
+    """As the loop saves and the policy server loads, critic included."""
     peer, _ = pair
     folder, _, _ = peer_folder
     options = dict(add_value_head=True, value_hidden=[8, 4])
     policy = load_lerobot(folder, Embodiment(), our_config(peer, **options), ByteTokenizer())
-    written = tmp_path_factory.mktemp("bundle")
-    for name, content in bundle_files(policy).items():
-        (written / name).write_bytes(content)
-    back = from_bundle(written, Embodiment())
+    written = tmp_path_factory.mktemp("bundles") / "000001"
+    write_bundle(written, dict(bundle_files(policy)), Embodiment(), 1, 0, 0, {})
+    back = cast(Pi0Policy, load_policy(written))
     back._tokenizer = ByteTokenizer()
     assert back.config == policy.config
     seen, seeds = observation(), [torch.Generator().manual_seed(2) for _ in range(2)]
     assert torch.equal(back.infer(seen, seeds[0]), policy.infer(seen, seeds[1]))
     assert torch.equal(back.value(back.prepare(seen)), policy.value(policy.prepare(seen)))
+    (written / "heads.safetensors").unlink()
+    with pytest.raises(ValueError, match="heads.safetensors"):
+        load_policy(written)
 
 
 def test_one_error_names_every_key_that_does_not_fit(pair, peer_folder):

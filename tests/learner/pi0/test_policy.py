@@ -5,15 +5,18 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from bridge.config import CONFIG_DIR
 from bridge.embodiment import Embodiment
 from learner.flow import FlowConfig
+from learner.pi0.adapters import LoraConfig
 from learner.pi0.config import GemmaConfig, ModelConfig, tiny
 from learner.pi0.inputs import load_tokenizer, prepare_images, prompts
 from learner.pi0.normalise import Normaliser
 from learner.pi0.policy import Pi0Config, Pi0Policy
 from learner.pi0.prepared import Prepared
-from learner.pi0.weights import parameter_count, released_names, to_released
+from learner.pi0.weights import load_released, parameter_count, released_names, to_released
 from learner.policy import ObservationBatch, SftBatch
 from learner.value_head import ValueHead, pool_prefix
 from tests.learner.pi0.words import ByteTokenizer
@@ -96,7 +99,7 @@ def test_prefix_gradient_reaches_the_vision_tower():
 def test_gradient_checkpointing_changes_nothing(variant):
     found = []
     for on in (False, True):
-        policy = make(variant, train_expert_only=False, gradient_checkpointing=on, lora=lora(4, on_expert=True))
+        policy = make(variant, train_expert_only=False, gradient_checkpointing=on, lora=LoraConfig(4, on_expert=True))
         batch = SftBatch(observation(), torch.rand(3, 6, 7, generator=torch.Generator().manual_seed(1)), no_padding())
         loss = policy.sft_loss(batch, torch.Generator().manual_seed(2))
         loss.backward()
@@ -109,14 +112,8 @@ def no_padding() -> torch.Tensor:
     return torch.zeros(3, 6, dtype=torch.bool)
 
 
-def lora(rank, **where):
-    from learner.pi0.adapters import LoraConfig
-
-    return LoraConfig(rank=rank, **where)
-
-
 def test_lora_starts_neutral_trains_alone_and_merges():
-    plain, adapted = make(), make(lora=lora(4, on_prefix=True, on_expert=True), train_expert_only=True)
+    plain, adapted = make(), make(lora=LoraConfig(4, on_prefix=True, on_expert=True), train_expert_only=True)
     seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
     assert torch.allclose(plain.infer(observation(), seeds[0]), adapted.infer(observation(), seeds[1]), atol=1e-6)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
@@ -130,8 +127,6 @@ def test_lora_starts_neutral_trains_alone_and_merges():
     seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
     moved = adapted.infer(observation(), seeds[0])
     merged = make()
-    from learner.pi0.weights import load_released
-
     load_released(merged.model, to_released(adapted.model), (), "merged")
     assert not torch.allclose(moved, plain.infer(observation(), torch.Generator().manual_seed(3)), atol=1e-3)
     assert torch.allclose(moved, merged.infer(observation(), seeds[1]), atol=1e-4)
@@ -263,3 +258,10 @@ def test_kernels_in_tritons_interpreter():
     command = [sys.executable, "-m", "tests.learner.pi0.interpret_kernels"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_config_group_files_fit(name):
+    text = (CONFIG_DIR / "policy" / f"{name}.yaml").read_text()
+    merged = OmegaConf.merge(OmegaConf.structured(Pi0Config), OmegaConf.create(text))
+    assert OmegaConf.to_object(merged).model.variant == name
