@@ -3,6 +3,7 @@
 The Panda of ManiSkill and the FR3 share one kinematic chain up to joint limits, so a TCP target means the same in both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from bridge import pose
 
 URDF = f"{PACKAGE_ASSET_DIR}/robots/panda/panda_v2.urdf"
 CONTROL_MODE = "pd_ee_target_delta_pose"
-DAMPING = 1e-8  # squared, of the Newton steps: keeps them finite at singular poses
+DAMPING = 1e-8 * np.eye(6)  # of the Newton steps: keeps them finite at singular poses
+IK_MAX_STEP_RAD = 0.3
+MAX_JOINT_STEP_RAD = 0.5  # of a policy step: near a singular pose small steps of the TCP are large ones of joints
 IK_STEPS = 20
 IK_TOLERANCE = 1e-6  # m and rad
 
@@ -35,24 +38,26 @@ class ArmKinematics:
         self._model = pin.buildReducedModel(full, fingers, pin.neutral(full))
         self._data = self._model.createData()
         self._tcp = self._model.getFrameId(Panda.ee_link_name)
+        self._lower, self._upper = self._model.lowerPositionLimit, self._model.upperPositionLimit
 
     def forward(self, q: np.ndarray) -> np.ndarray:
         """`T_base_tcp` [4, 4]."""
         pin.framesForwardKinematics(self._model, self._data, np.asarray(q, dtype=np.float64))
         return self._data.oMf[self._tcp].homogeneous
 
-    def solve(self, T_base_tcp: np.ndarray, q_near: np.ndarray) -> np.ndarray:
-        """Joint angles near `q_near`, within limits, that reach the pose as closely as they can (damped Newton)."""
+    def solve(self, T_base_tcp: np.ndarray, q_near: np.ndarray) -> np.ndarray | None:
+        """Joint angles near `q_near`, within limits, that reach the pose (damped Newton). None when they cannot."""
         goal, q = pin.SE3(T_base_tcp), np.array(q_near, dtype=np.float64)
         for _ in range(IK_STEPS):
-            pin.framesForwardKinematics(self._model, self._data, q)
+            pin.computeJointJacobians(self._model, self._data, q)
+            pin.updateFramePlacement(self._model, self._data, self._tcp)
             error = pin.log6(self._data.oMf[self._tcp].actInv(goal)).vector
             if np.abs(error).max() < IK_TOLERANCE:
-                break
-            J = pin.computeFrameJacobian(self._model, self._data, q, self._tcp, pin.ReferenceFrame.LOCAL)
-            q += J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)
-            q = np.clip(q, self._model.lowerPositionLimit, self._model.upperPositionLimit)
-        return q
+                return q
+            J = pin.getFrameJacobian(self._model, self._data, self._tcp, pin.ReferenceFrame.LOCAL)
+            step = J.T @ np.linalg.solve(J @ J.T + DAMPING, error)
+            q = np.clip(q + step / max(1.0, np.abs(step).max() / IK_MAX_STEP_RAD), self._lower, self._upper)
+        return None
 
 
 class TargetDeltaPoseController(PDJointPosController):
@@ -69,6 +74,7 @@ class TargetDeltaPoseController(PDJointPosController):
         self.kinematics = ArmKinematics()
         self._drives = [joint._objs[0].set_drive_target for joint in self.joints]
         self._limit = np.repeat([self.config.max_translation_m, self.config.max_rotation_rad], 3)
+        self._lower_m, self._upper_m = np.array(self.config.workspace_lower_m), np.array(self.config.workspace_upper_m)
 
     def _initialize_action_space(self):
         limit = self._limit.astype(np.float32)
@@ -89,12 +95,18 @@ class TargetDeltaPoseController(PDJointPosController):
         self.move_target(action[0].cpu().numpy())
 
     def move_target(self, action: np.ndarray) -> None:
-        """Integrate one action [6], clipped to the step limits; the joints follow over the next policy period."""
-        step = np.clip(action, -self._limit, self._limit)
-        self.T_base_target[:3, 3] += step[:3]
+        """Integrate one action [6], clipped to step limits and workspace; the joints follow over the next policy
+        period. Where no joint angles reach the target they stay as they are, and go on once it is back in reach."""
+        step, position = np.clip(action, -self._limit, self._limit), self.T_base_target[:3, 3]
+        # As on the arm: a target that starts outside the workspace may come back, but not go further out.
+        lower, upper = np.minimum(self._lower_m, position), np.maximum(self._upper_m, position)
+        self.T_base_target[:3, 3] = np.clip(position + step[:3], lower, upper)
         if step[3:].any():
             self.T_base_target[:3, :3] = self.T_base_target[:3, :3] @ pose.matrix_from_rpy(step[3:])
-        q_start, self.q_target = self.q_target, self.kinematics.solve(self.T_base_target, self.q_target)
+        q_start, q_next = self.q_target.copy(), self.kinematics.solve(self.T_base_target, self.q_target)
+        if q_next is not None:
+            change = q_next - q_start
+            self.q_target = q_start + change / max(1.0, np.abs(change).max() / MAX_JOINT_STEP_RAD)
         share = np.arange(1, self._sim_steps + 1)[:, None] / self._sim_steps
         self._q_path, self._path_step = q_start + share * (self.q_target - q_start), 0
 
@@ -112,6 +124,8 @@ class TargetDeltaPoseController(PDJointPosController):
 class TargetDeltaPoseControllerConfig(PDJointPosControllerConfig):
     max_translation_m: float = 0.1
     max_rotation_rad: float = 0.1
+    workspace_lower_m: Sequence[float] = (-np.inf,) * 3
+    workspace_upper_m: Sequence[float] = (np.inf,) * 3
     controller_cls = TargetDeltaPoseController
 
 
@@ -174,6 +188,7 @@ class TwinPanda(Panda):
     gripper_speed_m_s = 0.1
     gripper_range_m = (0.0, 0.08)
     max_translation_m = max_rotation_rad = 0.1
+    workspace_m = ((-np.inf,) * 3, (np.inf,) * 3)  # lower and upper corner of the box for the TCP target
 
     @classmethod
     def tuned(cls, **attributes: Any) -> type["TwinPanda"]:
@@ -191,6 +206,8 @@ class TwinPanda(Panda):
             normalize_action=False,
             max_translation_m=self.max_translation_m,
             max_rotation_rad=self.max_rotation_rad,
+            workspace_lower_m=self.workspace_m[0],
+            workspace_upper_m=self.workspace_m[1],
         )
         gripper = GripperControllerConfig(
             self.gripper_joint_names,
