@@ -270,7 +270,7 @@ class DataConfig:
 
     sim: list[str] = field(default_factory=list)  # data set folders from the twin
     real: list[str] = field(default_factory=list)  # from the robot (or its stand-in)
-    alpha: float = 0.5  # share of `sim` in every batch, where both exist: L = alpha L_sim + (1 - alpha) L_real
+    alpha: float = 0.6  # share of `sim` in every batch, where both exist: L = alpha L_sim + (1 - alpha) L_real
     hold_steps: int = 4  # policy steps after an episode's end that teach to hold; the rest of a chunk is masked
     cache: str = ""  # decoded pictures; empty: beside the data sets
     allow_contract_mismatch: list[str] = field(default_factory=list)

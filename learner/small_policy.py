@@ -123,7 +123,7 @@ class SmallPolicy(nn.Module):
         self.eyes = nn.ModuleDict(
             {name: KeypointEncoder(config.conv_channels, config.keypoints, size) for name in self.cameras}
         )
-        features = 4 * config.keypoints
+        features = self.eyes[self.cameras[0]].num_features
         self.view_in = nn.ModuleDict(
             {name: nn.Linear(features, config.tokens_per_camera * width) for name in self.cameras}
         )

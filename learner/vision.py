@@ -28,7 +28,7 @@ def area_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class KeypointEncoder(nn.Module):
-    """One camera: uint8 [B, H, W, 3] -> float32 [B, 4 * keypoints]: x and y in [-1, 1], spread and peak of each map."""
+    """One camera: uint8 [B, H, W, 3] -> float32 [B, 3 * keypoints]: x and y in [-1, 1] and spread of each map."""
 
     def __init__(self, channels: int, keypoints: int, size: tuple[int, int]):
         super().__init__()
@@ -49,7 +49,7 @@ class KeypointEncoder(nn.Module):
 
     @property
     def num_features(self) -> int:
-        return 4 * self.heat.out_channels
+        return 3 * self.heat.out_channels
 
     def forward(self, pictures: Tensor, jitter: "ColourJitter | None" = None) -> Tensor:
         # Permuted, not copied: NHWC bytes are already in the order that the convolutions want.
@@ -62,13 +62,11 @@ class KeypointEncoder(nn.Module):
         heat = self.heat(x).flatten(2)  # [B, keypoints, cells]
         # Standardised, so that even untrained maps have peaks: a flat map says "the middle" for every picture and its
         # gradient says little more.
-        deviation, mean = torch.std_mean(heat, dim=-1, keepdim=True)
-        heat = (heat - mean) / (deviation + 1e-4)
+        heat = F.layer_norm(heat, heat.shape[-1:])
         weight = torch.softmax(heat * self.log_temperature.exp()[:, None], dim=-1)
         x_mean, y_mean, square = (weight @ self.grid.T).unbind(-1)
         spread = square - x_mean**2 - y_mean**2
-        peak = (weight * heat).sum(-1)
-        return torch.cat([x_mean, y_mean, spread, torch.tanh(peak / 4)], dim=-1)
+        return torch.cat([x_mean, y_mean, spread], dim=-1)
 
 
 class ColourJitter:

@@ -60,7 +60,7 @@ def test_it_learns_a_small_data_set(folder):
     learner = trainer(config_in(folder, steps=70, batch_size=16, policy=few))
     terms = [learner.train_step() for _ in range(70)]
     early, late = (sum(t["flow_loss"] for t in part) / 10 for part in (terms[:10], terms[-10:]))
-    assert late < 0.6 * early
+    assert late < 0.7 * early
     assert sum(t["goal_loss"] for t in terms[-10:]) < 0.7 * sum(t["goal_loss"] for t in terms[:10])
 
 
