@@ -60,6 +60,9 @@ class TargetPath:
         T_requested = self._T_requested
         if share < 1:
             T_requested = pose.interpolate(self._T_requested_from, self._T_requested, share)
+        if T is self._T_sent:  # arrived: nothing to limit
+            self._sent_ns = max(now_ns, self._sent_ns)
+            return Streamed(T, T_requested, [])
         gap_s = min(MAX_STREAM_GAP_S, max(0.0, (now_ns - self._sent_ns) * 1e-9))
         # A hundredth of slack: a step at the speed limit is not to be clipped again by the jitter of this clock.
         limits = self.limits

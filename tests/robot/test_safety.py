@@ -24,6 +24,17 @@ actions = st.lists(st.lists(st.one_of(wild, small), min_size=7, max_size=7), min
 @settings(max_examples=200, deadline=None)
 @given(actions)
 def test_no_stream_of_actions_leaves_the_limits(stream):
+    check_stream(stream)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(actions)
+def test_none_of_ten_thousand_streams_leaves_the_limits(stream):
+    check_stream(stream)
+
+
+def check_stream(stream):
     T = down_at(0.45, 0.0, 0.3)
     (lower, upper) = LIMITS.keep_out_boxes[0]
     for action in stream:
