@@ -17,6 +17,14 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 # `type` in a bundle's config.json -> module with `from_bundle(folder, embodiment, device) -> Policy`.
 TYPES = {"small": "learner.small_bundle", "pi0": "learner.pi0.bundle", "pi05": "learner.pi0.bundle"}
 
+# Where a policy class is defined -> module with `bundle_files(policy) -> dict[str, bytes]`.
+WRITERS = {"learner.small_policy": "learner.small_bundle", "learner.pi0.policy": "learner.pi0.bundle"}
+
+
+def bundle_files(policy: Policy) -> dict[str, bytes]:
+    """A policy's files for `bridge.checkpoint.write_bundle`."""
+    return importlib.import_module(WRITERS[type(policy).__module__]).bundle_files(policy)
+
 
 def load_policy(folder: Path, device: str = "cpu") -> Policy:
     """The policy of a bundle, in evaluation mode. Raises ValueError naming the file and what is wrong with it."""

@@ -73,6 +73,7 @@ class Policy(Protocol):
     embodiment: Any  # bridge.embodiment.Embodiment
     horizon: int
     num_action_chunks: int
+    picture_size: tuple[int, int]  # height, width that demonstrations' pictures are kept at
 
     def prepare(self, observation: ObservationBatch) -> Any:
         """Raw observations to model inputs on the policy's device. The result is indexable with a LongTensor of batch

@@ -148,6 +148,10 @@ class SmallPolicy(nn.Module):
     def device(self) -> torch.device:
         return self.kind.device
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.config.image_height, self.config.image_width
+
     def set_noise_level(self, level: float) -> None:
         """Annealing (learner.flow.annealed_noise_level)."""
         self.noise_level = level
@@ -235,13 +239,12 @@ class SmallPolicy(nn.Module):
 
     def _model_inputs(self, observation: ObservationBatch) -> Prepared:
         """Pictures at the policy's size, words hashed; still before the eyes."""
-        size = (self.config.image_height, self.config.image_width)
         if missing := [name for name in self.cameras if name not in observation.images]:
             raise ValueError(f"observation lacks cameras {missing}; it has {sorted(observation.images)}")
-        views = {
-            name: torch.from_numpy(area_resize(observation.images[name].cpu().numpy(), size)).to(self.device)
-            for name in self.cameras
-        }
+        views = {}
+        for name in self.cameras:
+            pictures = area_resize(observation.images[name].cpu().numpy(), self.picture_size)
+            views[name] = torch.from_numpy(pictures).to(self.device)
         words = hashed_words(observation.instruction, self.config.word_table, self.config.max_words)
         return Prepared(views, observation.state.to(self.device), words.to(self.device))
 

@@ -26,10 +26,9 @@ from bridge.errors import BridgeError
 from bridge.run_files import write_stage
 from learner.demo_dataset import DataConfig, Mixture, open_parts
 from learner.flow import annealed_noise_level
-from learner.load import load_policy
+from learner.load import bundle_files, load_policy
 from learner.rollouts import Rollouts, VectorEnv, collect
 from learner.sft import default_data, terminate_as_interrupt
-from learner.small_bundle import bundle_files
 from learner.update import AlgoConfig, Updater, make_optimizer
 from sim.twin.config import TwinConfig
 from sim.twin.vector_env import TwinVectorEnv
@@ -207,8 +206,8 @@ def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
             raise ValueError(
                 f"algo.beta {config.algo.beta} needs demonstrations: {config.run}/data/stand_in is missing"
             )
-    size = (policy.config.image_height, policy.config.image_width)
-    return Mixture(open_parts(data, policy.embodiment, policy.horizon, size), config.algo.sft_batch_size, config.seed)
+    parts = open_parts(data, policy.embodiment, policy.horizon, policy.picture_size)
+    return Mixture(parts, config.algo.sft_batch_size, config.seed)
 
 
 def run_iterations(
