@@ -88,7 +88,8 @@ def time_features(t: Tensor, width: int) -> Tensor:
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, T, 3 W] -> three of [B, N, T, W / N]."""
     batch, tokens, width = qkv.shape
-    return qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def join_heads(x: Tensor) -> Tensor:

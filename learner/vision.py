@@ -45,7 +45,7 @@ class KeypointEncoder(nn.Module):
         y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         grid = torch.stack([x, y, x * x + y * y]).reshape(3, -1)
         self.register_buffer("grid", grid, persistent=False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
 
     @property
     def num_features(self) -> int:
