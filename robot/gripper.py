@@ -100,8 +100,10 @@ class GripperDriver:
                 self._look(gripper)
                 heard_s = self._beat_s
             except FRANKY_ERRORS as error:
-                # Nothing for a second is an exception already; a busy hand may be silent for longer.
-                if "Timeout" not in str(error) or time.monotonic() - heard_s > self.config.silence_s:
+                # Nothing for a second is an exception already ("Timeout", or after it a bare "Net Exception"), and a
+                # busy hand may be silent for longer; what is really lost stays lost.
+                silent = any(text in str(error) for text in ("Timeout", "Net Exception"))
+                if not silent or time.monotonic() - heard_s > self.config.silence_s:
                     self._give_up(f"lost link to the gripper: {_first_line(error)}")
             self._closing.wait(POLL_S)
         if self.dead:  # destroying what waits for a dead hand would wait too, and hold up every thread of the process

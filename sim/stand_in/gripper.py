@@ -48,6 +48,7 @@ class GripperServer:
         self._goal: _Goal | None = None
         self._grasp: _Goal | None = None  # the last one that held something
         self._responses: list[tuple[int, int, GripperStatus]] = []
+        self._state = b""  # the last one sent
 
     @property
     def is_grasped(self) -> bool:
@@ -84,12 +85,18 @@ class GripperServer:
             width = min(max(self.world.width_m, 0.0), MAX_WIDTH_M)
             state = GRIPPER_STATE.pack(message_id & 0xFFFFFFFF, width, MAX_WIDTH_M, self.is_grasped, TEMPERATURE_C)
             self.link.send_state(state)
+            self._state = state
         while self._responses:
             command, request_id, status = self._responses.pop(0)
             try:
                 self.link.respond(command, request_id, int(status).to_bytes(2, "little"))
             except ConnectionError:
                 self.drop()
+
+    def repeat_state(self) -> None:
+        """The last state again, while the cell stands still: keeps the client's receive timeout from firing."""
+        if self.link.udp is not None and self._state:
+            self.link.send_state(self._state)
 
     def drop(self) -> None:
         """Cut the client off; the fingers stay as they are."""

@@ -96,6 +96,7 @@ class Cell:
         self.hand.serve()
         while not self.robot.control():
             self.robot.wait()
+            self.hand.repeat_state()
             self._answer_control()
             if self._stopping:
                 return
@@ -135,6 +136,7 @@ class Cell:
         while not self.frames.emit(self.time_ms) and not self._stopping:
             self.frames.wait(0.1)
             self.robot.repeat_state()
+            self.hand.repeat_state()
             self._answer_control()
 
     def _stand_still(self) -> None:
