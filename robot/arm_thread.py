@@ -89,7 +89,8 @@ class ArmThread(threading.Thread):
                 return
             self._read()
             if driver.machine.state is State.FAULT:
-                self._end_stream()
+                with suppress(franky.ControlException):  # a motion that a reflex ended says so: we know
+                    self._end_stream()
                 self._refuse_home()
                 if self.requests.acknowledge is not None:
                     self._recover()

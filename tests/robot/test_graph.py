@@ -170,7 +170,8 @@ def test_a_hand_at_the_device_moves_the_target_by_exactly_what_it_says(probe):
     for _ in range(5):
         probe.send_teleop(0.01, 0.004, 0, 0, 0, 0, 1)
         probe.spin(0.12)
-    probe.spin(1.0)
+    probe.wait(lambda: np.allclose(probe.target_m() - before, [0.05, 0.02, 0.0], atol=1e-3), "arriving", 20.0)
+    probe.spin(0.5)
     assert probe.target_m() - before == pytest.approx([0.05, 0.02, 0.0], abs=1e-3)
     assert probe.last["action"].header.frame_id == "teleop"
     probe.wait(lambda: probe.state() == "HOLD", "HOLD")

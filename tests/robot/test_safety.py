@@ -28,6 +28,7 @@ def test_no_stream_of_actions_leaves_the_limits(stream):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @settings(max_examples=10_000, deadline=None)
 @given(actions)
 def test_none_of_ten_thousand_streams_leaves_the_limits(stream):
