@@ -6,6 +6,7 @@ A socket either speaks in the clear on loopback or `ipc`, or it speaks CURVE and
 
 import ipaddress
 import logging
+from typing import cast
 from urllib.parse import urlsplit
 
 import zmq
@@ -110,7 +111,7 @@ def receive(socket: zmq.Socket, limits: Limits = DEFAULT_LIMITS, leading: int = 
 
     `leading` routing frames come before the message. Raises CorruptData when there are more frames than allowed.
     """
-    if not socket.get(zmq.EVENTS) & zmq.POLLIN:  # ten times cheaper than to try and catch zmq.Again
+    if not cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN:  # ten times cheaper than to try and catch zmq.Again
         return None
     frames = [socket.recv(zmq.NOBLOCK, copy=False)]
     while frames[-1].more and len(frames) < limits.frames + 1 + leading:
