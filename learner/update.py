@@ -35,7 +35,7 @@ class AlgoConfig:
     huber_delta: float = 10.0
     entropy_bonus: float = 0.0
     beta: float = 0.2  # weight of the SFT term; 0: PPO alone
-    lr: float = 1e-5
+    lr: float = 2e-5
     value_lr: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
