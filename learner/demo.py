@@ -39,7 +39,7 @@ class DemoConfig:
     restart: bool = False
     record_episodes: int = 12  # in the stand-in cell, at 30 fps
     twin_episodes: int = 120
-    sft_seconds: float = 150.0
+    sft_seconds: float = 130.0
     ppo_iterations: int = 3
     beta: float = 0.2  # weight of the SFT term in Stage II
     trials: int = 10  # in the stand-in cell, before and after Stage II
@@ -81,7 +81,7 @@ class Demo:
     def run(self) -> None:
         c = self.config
         run = [f"name={c.name}", f"runs_dir={c.runs_dir}"]
-        seeded = [*run, f"seed={c.seed}"]
+        seeded, faults = [*run, f"seed={c.seed}"], f"max_faults={c.trials + 1}"
         self.stage("twin_demos", ["twin-demos", *seeded, f"episodes={c.twin_episodes}", f"workers={c.workers}"])
         if not self.has("record"):
             with self.server("demos", ["demos", f"root={self.folder / 'data' / 'stand_in'}"], "receiving"):
@@ -92,11 +92,13 @@ class Demo:
         if not (self.has("eval_before") and self.has("train") and self.has("eval_after")):
             with self.server("serve", ["serve", f"root={self.folder / 'deployed'}"], "policy server ready"):
                 self.push("deliver")
-                self.stage("eval_before", ["eval", *run, "label=before", f"trials={c.trials}", f"seed={EVAL_SEED}"])
+                self.stage(
+                    "eval_before", ["eval", *run, "label=before", f"trials={c.trials}", f"seed={EVAL_SEED}", faults]
+                )
                 algo = [f"iterations={c.ppo_iterations}", f"algo.beta={c.beta}", f"workers={c.workers}"]
                 self.stage("train", ["train", *seeded, *algo])
                 # One trial more: while it runs, the new checkpoint is swapped in. It counts for neither version.
-                after = ["eval", *run, "label=after", f"trials={c.trials + 1}", f"seed={EVAL_SEED - 1}"]
+                after = ["eval", *run, "label=after", f"trials={c.trials + 1}", f"seed={EVAL_SEED - 1}", faults]
                 self.stage("eval_after", after, once_shown="policy on", do=lambda: self.push("swap"))
         self.twin_eval("after")
 

@@ -45,7 +45,7 @@ class SafetyLimits:
         default=1.5, metadata={"about": "turning limit of the TCP target (rad/s)", "range": (0.01, 2.5)}
     )
     workspace_lower_m: list[float] = field(
-        default_factory=lambda: [0.20, -0.45, 0.005],
+        default_factory=lambda: [0.20, -0.45, 0.018],
         metadata={"about": "lower corner x y z of the box in which the TCP target must stay, base frame (m)"},
     )
     workspace_upper_m: list[float] = field(

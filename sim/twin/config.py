@@ -27,7 +27,7 @@ class TwinConfig:
     supersampling: int = 2  # pictures are drawn this many times larger and averaged down
     success: str = "stable"  # or legacy: the peer's geometric test, true also for a cube held above the plate
     reward: str = "sparse"
-    workspace_lower_m: list[float] = field(default_factory=lambda: [0.20, -0.45, 0.005])  # of the TCP target,
+    workspace_lower_m: list[float] = field(default_factory=lambda: [0.20, -0.45, 0.018])  # of the TCP target,
     workspace_upper_m: list[float] = field(default_factory=lambda: [0.75, 0.45, 0.75])  # as robot safety has
     arm_stiffness: float = 1000.0
     arm_damping: float = 100.0

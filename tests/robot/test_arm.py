@@ -16,6 +16,8 @@ from tests.robot.cell import RunningCell, loopback, running_cell, wait_for
 
 MS = 1_000_000
 PERIOD_NS = 100 * MS
+REST_M = 3e-4  # a session counts from where the arm rests, which is that near to where it was told to (test_target.py
+# holds the integration itself to 1e-9)
 EMBODIMENT = Embodiment()
 OPEN, CLOSE = 1.0, -1.0
 PATIENCE_S = 20.0  # of a machine that does ten other things
@@ -71,7 +73,7 @@ def test_targets_are_the_integration_of_the_actions_and_the_arm_gets_there(cell,
         expected = play(arm, cell, [move(0.02, 0.01, 0.01, 0.05)] * 6 + [move(-0.02, 0, -0.01, -0.03)] * 4)
         snapshot = arm.snapshot()
         T = snapshot.streamed.T_base_target
-        assert np.allclose(T[:3, 3], expected[:3, 3], atol=1e-4)
+        assert np.allclose(T[:3, 3], expected[:3, 3], atol=REST_M)
         assert pose.rotation_angle(T[:3, :3].T @ expected[:3, :3]) < 1e-3
         tolerance_m = 0.002 if streaming == "position" else 0.005  # the impedance is a spring
         off_m = lambda: np.linalg.norm(arm.snapshot().sample.T_base_tcp[:3, 3] - expected[:3, 3])  # noqa: E731
@@ -89,7 +91,7 @@ def test_the_arm_holds_without_actions_and_goes_on_with_the_next(arm, cell):
     wait_for(lambda: arm.snapshot().state is State.HOLD, PATIENCE_S, "HOLD")
     assert arm.snapshot().reason == "no action"
     later = arm.snapshot().streamed.T_base_target
-    assert np.allclose(later[:3, 3], expected[:3, 3], atol=1e-4)  # the last delta is not repeated
+    assert np.allclose(later[:3, 3], expected[:3, 3], atol=REST_M)  # the last delta is not repeated
     play(arm, cell, [move(-0.02)])
     assert arm.snapshot().num_actions == 4
 

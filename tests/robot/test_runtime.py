@@ -16,7 +16,7 @@ PERIOD_NS = 100 * MS
 
 
 class ScriptedPolicy:
-    """Answers each request at the next poll with a chunk whose first number counts; a list of what to do instead."""
+    """Answers each request at the next poll with a chunk that stands still and counts in its gripper number."""
 
     def __init__(self):
         self.requests = 0
@@ -26,7 +26,7 @@ class ScriptedPolicy:
     def submit(self, observation, deadline_s):
         self.requests += 1
         actions = np.zeros((8, 7), np.float32)
-        actions[:, 0] = self.requests + np.arange(8) / 100
+        actions[:, 6] = self.requests + np.arange(8) / 100
         chunk = ActionChunk(actions, observation.stamp_ns, PERIOD_NS, policy_version=1)
         self._answers.append(BridgeTimeout("no chunk after 500 ms") if self.is_dead else chunk)
         return self.requests
@@ -46,7 +46,11 @@ class World:
         self.observer = Observer(["third_person"], 200 * MS)
         self.policy = policy
         config = RuntimeConfig(autostart=True, num_action_chunks=3, prefetch_ticks=1, **settings)
-        publish = lambda action, stamp_ns, source: self.sent.append((round(float(action[0]), 2), stamp_ns, source))  # noqa: E731
+        def publish(action, stamp_ns, source):
+            self.sent.append((round(float(action[0] + action[6]), 2), stamp_ns, source))
+
+            (round(float(action[0] + action[6]), 2), stamp_ns, source)
+        )  # noqa: E731
         embodiment = Embodiment(instructions=["do it"])
         self.runtime = Runtime(config, embodiment, self.observer, policy, publish, lambda: self.now_ns)
 
@@ -104,7 +108,7 @@ def test_a_person_takes_over_and_gives_back():
     world.runtime.teleop.add([0.01, 0, 0, 0, 0, 0, -1])
     world.runtime.teleop.add([0.02, 0, 0, 0, 0, 0, 1])
     assert world.tick().source == "teleop"
-    assert world.sent[-1] == (0.03, world.now_ns, "teleop")
+    assert world.sent[-1] == (1.03, world.now_ns, "teleop")  # 3 cm and an open hand
     num_sent = len(world.sent)
     assert world.tick().source == "teleop"  # still holding the device: the policy stays quiet
     assert len(world.sent) == num_sent
