@@ -21,7 +21,6 @@ COMMANDS = {
     "push": ("learner.push", "announce a checkpoint bundle and deliver it to policy servers"),
     "keys": ("bridge.keys_command", "make, show, allow and revoke keys"),
     "bridge": ("bridge.bridge_command", "look at the bridge live (top) or measure a link (bench)"),
-    "splat-scene": ("sim.splat.procedural", "a splat scene folder without a scan, from the twin's own shapes"),
     "report": ("learner.report", "write runs/<name>/report.html from what the stages measured"),
 }
 

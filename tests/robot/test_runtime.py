@@ -46,11 +46,10 @@ class World:
         self.observer = Observer(["third_person"], 200 * MS)
         self.policy = policy
         config = RuntimeConfig(autostart=True, num_action_chunks=3, prefetch_ticks=1, **settings)
+
         def publish(action, stamp_ns, source):
             self.sent.append((round(float(action[0] + action[6]), 2), stamp_ns, source))
 
-            (round(float(action[0] + action[6]), 2), stamp_ns, source)
-        )  # noqa: E731
         embodiment = Embodiment(instructions=["do it"])
         self.runtime = Runtime(config, embodiment, self.observer, policy, publish, lambda: self.now_ns)
 
