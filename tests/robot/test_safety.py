@@ -68,10 +68,10 @@ def test_a_step_within_the_limits_passes_unchanged():
 def test_each_limit_names_what_it_cut():
     names = [clip.limit for clip in safety.safe_step(down_at(0.45, 0, 0.3), [0.3, 0, 0, 0, 0, 2, 3], 0.1, LIMITS).clips]
     assert names == ["step_dx_m", "step_dyaw_rad", "step_gripper", "speed_m_s"]
-    step = safety.safe_step(down_at(0.45, 0, 0.01), [0, 0, -0.03, 0, 0, 0, 0], 0.1, LIMITS)
+    step = safety.safe_step(down_at(0.45, 0, 0.03), [0, 0, -0.03, 0, 0, 0, 0], 0.1, LIMITS)
     assert [c.limit for c in step.clips] == ["workspace_z_m"]
-    assert step.T_target[2, 3] == pytest.approx(0.005)
-    assert step.T_requested[2, 3] == pytest.approx(-0.02)  # what was asked for stays visible
+    assert step.T_target[2, 3] == pytest.approx(0.018)
+    assert step.T_requested[2, 3] == pytest.approx(0.0, abs=1e-9)  # what was asked for stays visible
 
 
 def test_keep_out_stops_at_the_face_and_does_not_tunnel():

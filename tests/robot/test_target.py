@@ -80,7 +80,7 @@ def test_the_stream_keeps_the_speed_limit_when_steps_come_in_a_hurry():
 def test_what_was_asked_for_goes_on_where_the_target_is_stopped():
     path = TargetPath(START, 0.1, SafetyLimits())
     sent = follow(path, [[0, 0, -0.04, 0, 0, 0, 1]] * 10)
-    assert sent[-1].T_base_target[2, 3] == pytest.approx(0.005)  # the floor of the workspace
+    assert sent[-1].T_base_target[2, 3] == pytest.approx(0.018)  # the floor of the workspace
     z = [s.T_base_requested[2, 3] for s in sent[::5]]
     assert np.allclose(np.diff(z), -0.04)
 
