@@ -37,7 +37,7 @@ class DemoConfig:
     runs_dir: str = "runs"
     seed: int = 0
     restart: bool = False
-    record_episodes: int = 12  # in the stand-in cell, at 30 fps
+    record_episodes: int = 10  # in the stand-in cell, at 30 fps
     twin_episodes: int = 120
     sft_seconds: float = 130.0
     ppo_iterations: int = 3
