@@ -42,7 +42,7 @@ def test_fields_become_parameters_with_description_range_and_type(node_with):
     assert descriptor.description.startswith("rate at which absolute poses")
     assert descriptor.floating_point_range[0].to_value == 200.0
     assert descriptor.type == ParameterType.PARAMETER_DOUBLE
-    assert node.get_parameter("limits.workspace_lower_m").value == [0.20, -0.45, 0.005]
+    assert node.get_parameter("limits.workspace_lower_m").value == [0.20, -0.45, 0.018]
     assert node.describe_parameter("limits.keep_out_m").type == ParameterType.PARAMETER_DOUBLE_ARRAY
 
 
