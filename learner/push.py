@@ -15,6 +15,7 @@ from bridge.checkpoint import latest_bundle, verify_bundle
 from bridge.checkpoint_stream import CheckpointPublisher
 from bridge.config import command_line
 from bridge.errors import BridgeError, BridgeTimeout
+from bridge.keys import Keys
 from bridge.run_files import write_stage
 
 
@@ -30,6 +31,7 @@ class PushConfig:
     announce_endpoint: str = "tcp://127.0.0.1:5603"
     fetch_endpoint: str = "tcp://127.0.0.1:5604"
     max_mb_per_s: float = 0.0  # 0: no limit
+    keys: str = ""  # key folder; needed unless both endpoints are loopback or ipc
     run: str = ""  # a run's folder, to leave a stage file in
     stage: str = "push"
 
@@ -59,7 +61,9 @@ def push(config: PushConfig) -> dict:
         raise ValueError(f"{root} holds no finished bundle")
     info = verify_bundle(folder)
     limit = config.max_mb_per_s * 1e6 or None
-    publisher = CheckpointPublisher(config.announce_endpoint, config.fetch_endpoint, root, max_bytes_per_s=limit)
+    endpoints = (config.announce_endpoint, config.fetch_endpoint)
+    keys = Keys(Path(config.keys)) if config.keys else None
+    publisher = CheckpointPublisher(*endpoints, root, keys=keys, max_bytes_per_s=limit)
     bundle_bytes = sum(path.stat().st_size for path in folder.iterdir())
     started_s = time.monotonic()
     try:

@@ -20,6 +20,7 @@ from bridge.checkpoint_stream import CheckpointSubscriber
 from bridge.config import command_line
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
+from bridge.keys import Keys
 from bridge.messages import Observation
 from bridge.policy_server import PolicyServer
 from learner.load import load_policy
@@ -39,6 +40,7 @@ class ServeConfig:
     max_batch: int = 8
     threads: int = 1  # of torch; the cell and the nodes share a laptop's cores
     device: str = "cpu"
+    keys: str = ""  # key folder; needed unless every endpoint is loopback or ipc
     embodiment: Embodiment = field(default_factory=Embodiment)
 
 
@@ -132,10 +134,12 @@ def main(argv: list[str]) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    keys, version = Keys(Path(config.keys)) if config.keys else None, policy.version
     server = PolicyServer(
-        config.endpoint, config.embodiment, policy, max_batch=config.max_batch, policy_version=policy.version
+        config.endpoint, config.embodiment, policy, max_batch=config.max_batch, keys=keys, policy_version=version
     )
-    subscriber = CheckpointSubscriber(config.announce_endpoint, config.fetch_endpoint, root, config.embodiment)
+    endpoints = (config.announce_endpoint, config.fetch_endpoint)
+    subscriber = CheckpointSubscriber(*endpoints, root, config.embodiment, keys=keys, current_version=version)
 
     def adopted(version: int) -> None:
         server.policy_version = version
