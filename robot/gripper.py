@@ -3,6 +3,11 @@
 A command in [-1, 1] becomes `grasp` (below -hysteresis) or `move` to the commanded opening (above +hysteresis); what
 lies between changes nothing. Calls into the hand have no timeout of their own and can spin for ever when the server
 dies (measured), so each runs as a future under a watchdog, and what does not come back is left behind.
+
+One command at a time, never interrupted: libfranka erases an answered command from its table of answers outside the
+lock that a second command fills it under, so a `stop` beside a running `move` corrupts the heap (seen: one crash of
+the process in about fifty). A hand that changes its mind finishes first, in 0.8 s at most at the default speed. For
+the same reason a hand is not destroyed while its command runs.
 """
 
 import logging
@@ -19,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FRANKY_ERRORS = (franky.Exception, RuntimeError)
 POLL_S = 1 / 30
+LEAVE_S = 1.5  # a command under way may finish before the hand is let go
 SAME_OPENING_M = 0.004
 GRASP_EPSILON_M = 0.1  # wide: whatever is between the fingers is the object
 
@@ -42,7 +48,6 @@ class GripperDriver:
         self._wanted: tuple[str, float] | None = None  # ("grasp" or "move" or "homing", opening)
         self._doing: tuple[str, float] | None = None
         self._future: franky.BoolFuture | None = None
-        self._stopping: franky.BoolFuture | None = None
         self._began_s = 0.0
         self._beat_s = time.monotonic()
         self._closing = threading.Event()
@@ -55,7 +60,7 @@ class GripperDriver:
     def close(self) -> None:
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=1.0)
+            self._thread.join(timeout=LEAVE_S + 0.5)
 
     def command(self, value: float) -> None:
         """`value` in [-1, 1], finite."""
@@ -106,8 +111,9 @@ class GripperDriver:
                 if not silent or time.monotonic() - heard_s > self.config.silence_s:
                     self._give_up(f"lost link to the gripper: {_first_line(error)}")
             self._closing.wait(POLL_S)
-        if self.dead:  # destroying what waits for a dead hand would wait too, and hold up every thread of the process
-            _left_behind.extend((self._future, self._stopping, gripper))
+        if self._future is not None and (self.dead or not self._future.wait(LEAVE_S)):
+            # Destroying what waits for a dead hand would wait too, and hold up every thread of the process.
+            _left_behind.extend((self._future, gripper))
 
     def _look(self, gripper: franky.Gripper) -> None:
         state = gripper.state
@@ -116,15 +122,13 @@ class GripperDriver:
         self._advance(gripper)
 
     def _advance(self, gripper: franky.Gripper) -> None:
-        """Finish what runs, or stop it when something else is wanted, or begin what is wanted."""
+        """Wait for what runs; then begin what is wanted by now."""
         with self._lock:
             wanted = self._wanted
         if self._future is not None:
             if not self._future.wait(0):
                 if time.monotonic() - self._began_s > self.config.command_timeout_s:
                     self._give_up(f"gripper did not finish {self._doing[0]} in {self.config.command_timeout_s:.1f} s")
-                elif self._stopping is None and wanted is not None and not _same(wanted, self._doing):
-                    self._stopping = gripper.stop_async()
                 return
             self._finish()
         if wanted is not None and (self._doing is None or not _same(wanted, self._doing)):
@@ -140,7 +144,7 @@ class GripperDriver:
                 self._future = gripper.homing_async()
 
     def _finish(self) -> None:
-        future, self._future, self._stopping = self._future, None, None
+        future, self._future = self._future, None
         try:
             future.get()  # False: a grasp that found nothing
         except franky.CommandException as error:

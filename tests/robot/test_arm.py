@@ -138,8 +138,20 @@ def test_the_hand_closes_opens_and_ignores_the_middle(arm, cell):
     assert arm.snapshot().gripper_requested == 0.05
     play(arm, cell, [move(gripper=0.5)] * 2)
     wait_for(lambda: abs(arm.snapshot().gripper_opening_m - 0.06) < 0.003, PATIENCE_S, "three quarters open")
-    play(arm, cell, [move(gripper=CLOSE), move(gripper=OPEN)])  # changed its mind on the way
-    wait_for(lambda: arm.snapshot().gripper_opening_m > 0.075, PATIENCE_S, "opening")
+
+
+def test_a_hand_that_changes_its_mind_finishes_first(arm, cell, monkeypatch):
+    """Two commands at once corrupt the client library's memory (see robot.gripper)."""
+    hand, under_way, accept = cell.cell.hand, [], cell.cell.hand._accept
+
+    def accept_and_note(number, request_id, body):
+        under_way.append(hand._goal is not None)
+        accept(number, request_id, body)
+
+    monkeypatch.setattr(hand, "_accept", accept_and_note)
+    play(arm, cell, [move(gripper=CLOSE), move(gripper=OPEN), move(gripper=CLOSE), move(gripper=OPEN)])
+    wait_for(lambda: len(under_way) == 2 and arm.snapshot().gripper_opening_m > 0.075, PATIENCE_S, "opening")
+    assert not any(under_way)
 
 
 def test_the_thread_that_constructs_the_robot_does_not_stay_real_time(arm):
