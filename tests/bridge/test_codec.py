@@ -6,7 +6,7 @@ import zlib
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -185,15 +185,6 @@ def test_damaged_messages_are_survived(changes, cut):
 def test_random_bytes_are_survived(data, frames):
     survives([header(data), *frames])
     survives([data, *frames])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@settings(max_examples=300_000, deadline=None)
-@given(st.binary(max_size=400), mutations)
-def test_ten_minutes_of_fuzzing(data, changes):
-    test_random_bytes_are_survived.hypothesis.inner_test(data, [])
-    test_damaged_messages_are_survived.hypothesis.inner_test(changes, len(data))
 
 
 def test_observations_are_checked_field_by_field():
