@@ -5,7 +5,6 @@ cloud is read in place (it fits the GPU's cache and is shared by all pictures); 
 or coefficients never exist.
 """
 
-import gsplat  # compiles its kernels on first use
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +42,8 @@ def draw(
         features = torch.cat([features, extra_features.expand(len(K), *extra_features.shape)], dim=-1)
     tile = reference.TILE_PX
     tiles_x, tiles_y = -(-width // tile), -(-height // tile)
+    import gsplat  # compiles its kernels on first use; the projection above does without it
+
     _, keys, flat_ids = gsplat.isect_tiles(seen.means_px, seen.radii_px, seen.depths_m, tile, tiles_x, tiles_y)
     offsets = gsplat.isect_offset_encode(keys, len(K), tiles_x, tiles_y)
     channels, alpha = gsplat.rasterize_to_pixels(
