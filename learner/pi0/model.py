@@ -68,7 +68,8 @@ class Pi0Model(nn.Module):
         -> embeddings float32 [B, S, C] and which of them are real, bool [B, S]."""
         batch, cameras = image_mask.shape
         pictures = self.vision(images.flatten(0, 1), self.dtype).unflatten(0, (batch, cameras))
-        words = self.embed(tokens).float() * self.config.language.width**0.5
+        # Rounded as a frozen table is stored, so that a prefix that trains computes what a kept one holds.
+        words = self.embed(tokens).to(self.dtype).float() * self.config.language.width**0.5
         embeddings = torch.cat([pictures.flatten(1, 2).float(), words], dim=1)
         valid = torch.cat([image_mask.repeat_interleave(pictures.shape[2], dim=1), token_mask], dim=1)
         return embeddings, valid

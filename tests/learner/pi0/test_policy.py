@@ -21,6 +21,7 @@ from learner.policy import ObservationBatch, SftBatch
 from learner.value_head import ValueHead, pool_prefix
 from tests.learner.pi0.words import ByteTokenizer
 
+PREFIX_PARTS = ("model.vision", "model.embed", "model.language")
 UNITS = Normaliser("QUANTILES", {"q01": -torch.ones(7), "q99": torch.linspace(0.5, 2.0, 7)})
 
 
@@ -63,27 +64,53 @@ def assert_same(ours, theirs, tolerance):
 @pytest.mark.parametrize(("method", "joint"), [("flow_sde", False), ("flow_noise", True)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kept_and_recomputed_prefix_agree(variant, method, joint, dtype):
-    """Log-probabilities, values and the expert's gradients: prefix kept on the device, in host memory, recomputed."""
+    """Log-probabilities, values and each of the expert's gradients (as a share of its norm): prefix kept on the device
+    for the whole rollout, against kept in host memory, recomputed for each micro-batch, and recomputed with gradient by
+    a policy that trains its prefix too."""
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    options = dict(flow=FlowConfig(method=method, joint=joint), dtype=dtype, add_value_head=True)
+    policies = {cache: make(variant, prefix_cache=cache, **options) for cache in ("device", "host", "recompute")}
+    policies["whole"] = make(variant, train_expert_only=False, **options)
+    sample = policies["device"].sample(policies["device"].prepare(observation()), torch.Generator().manual_seed(1))
+    assert sample.log_prob.dtype == torch.float32
     found = {}
-    for cache in ("device", "host", "recompute"):
-        flow = FlowConfig(method=method, joint=joint)
-        policy = make(variant, flow=flow, dtype=dtype, prefix_cache=cache, add_value_head=True)
+    for name, policy in policies.items():
         prepared = policy.prepare(observation())
-        assert (prepared.keys_values is None) == (cache == "recompute")
-        sample = policy.sample(prepared, torch.Generator().manual_seed(1))
-        scores = policy.scores(prepared, sample.chain, sample.denoise_index)
-        assert (scores.log_prob - sample.log_prob).abs().max() <= tolerance
-        assert (scores.value - sample.value).abs().max() <= tolerance
-        assert scores.log_prob.dtype == sample.log_prob.dtype == torch.float32
-        (scores.log_prob.sum() + scores.value.sum() + scores.entropy.sum()).backward()
-        found[cache] = (sample.log_prob, gradients(policy))
-        trained = {name.split(".")[1] for name in found[cache][1] if name.startswith("model.")}
-        assert trained >= {"expert", "action_in", "action_out"}
-        assert not trained & {"vision", "embed", "language"}
-    for cache in ("host", "recompute"):
-        assert (found[cache][0] - found["device"][0]).abs().max() <= tolerance
-        assert_same(found[cache][1], found["device"][1], tolerance * 10)
+        assert (prepared.keys_values is None) == (name in ("recompute", "whole"))
+        parts = []
+        for row in ([2], [0, 1]):
+            rows = torch.tensor(row)
+            scores = policy.scores(prepared[rows], sample.chain[rows], sample.denoise_index[rows])
+            (scores.log_prob.sum() + scores.value.sum() + scores.entropy.sum()).backward()
+            assert (scores.log_prob - sample.log_prob[rows]).abs().max() <= tolerance
+            assert (scores.value - sample.value[rows]).abs().max() <= tolerance
+            assert scores.log_prob.dtype == torch.float32
+            parts.append(scores.log_prob.detach())
+        expert = {key: g for key, g in gradients(policy).items() if not key.startswith(PREFIX_PARTS)}
+        assert len(expert) == len(gradients(policy)) or name == "whole"
+        assert {key.split(".")[1] for key in expert if key.startswith("model.")} >= {
+            "expert",
+            "action_in",
+            "action_out",
+        }
+        found[name] = torch.cat(parts), expert
+    log_prob, expert = found.pop("device")
+    for name, (others_log_prob, others) in found.items():
+        assert (others_log_prob - log_prob).abs().max() <= tolerance, name
+        assert others.keys() == expert.keys()
+        for key, gradient in expert.items():
+            assert (others[key] - gradient).norm() <= tolerance * gradient.norm(), (name, key)
+
+
+def test_updates_on_a_kept_prefix_run_the_expert_alone():
+    policy = make(add_value_head=True)
+    prepared = policy.prepare(observation())
+    calls = []
+    for part in (policy.model.vision, policy.model.language, policy.model.expert):
+        part.register_forward_hook(lambda module, *_: calls.append(module))
+    sample = policy.sample(prepared)
+    policy.scores(prepared, sample.chain, sample.denoise_index).log_prob.sum().backward()
+    assert set(calls) == {policy.model.expert}
 
 
 def test_prefix_gradient_reaches_the_vision_tower():
