@@ -1,6 +1,7 @@
-"""Generalised advantage estimation over chunks: one policy query is one time step.
+"""Advantages: generalised estimation over chunks (one policy query is one time step), and group-relative ones.
 
-T queries, B environments. Source: Schulman et al., High-Dimensional Continuous Control Using GAE, 2015.
+T queries, B environments, N samples, E episodes. Sources: Schulman et al., High-Dimensional Continuous Control Using
+GAE, 2015; Shao et al., DeepSeekMath (GRPO), 2024.
 """
 
 import torch
@@ -31,3 +32,23 @@ def normalized(advantages: Tensor, mask: Tensor) -> Tensor:
     if len(counted) < 2:
         return torch.zeros_like(advantages)
     return torch.where(mask, (advantages - counted.mean()) / (counted.std() + 1e-5), 0.0)
+
+
+def group_relative(scores: Tensor, group: Tensor) -> Tensor:
+    """GRPO: how much better than its group each episode was, in the group's (unbiased) standard deviations.
+
+    scores float32 [E]; group int64 [E], any labels. A group whose scores are equal says nothing: 0.
+    """
+    advantages = torch.zeros_like(scores)
+    for label in group.unique():
+        mine = group == label
+        if mine.sum() > 1:
+            advantages[mine] = (scores[mine] - scores[mine].mean()) / (scores[mine].std() + 1e-6)
+    return advantages
+
+
+def informative_groups(success: Tensor, group: Tensor, low: float, high: float) -> Tensor:
+    """Labels of the groups whose mean success is within [low, high]: the others have (almost) nothing to compare."""
+    labels = group.unique()
+    rates = torch.stack([success[group == label].float().mean() for label in labels])
+    return labels[(rates >= low) & (rates <= high)]

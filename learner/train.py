@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -22,14 +21,14 @@ from tqdm import tqdm
 from bridge import durable
 from bridge.checkpoint import bundle_path, latest_bundle, verify_bundle, write_bundle
 from bridge.config import command_line, save
+from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
 from bridge.run_files import write_stage
 from learner.demo_dataset import DataConfig, Mixture, open_parts
-from learner.flow import annealed_noise_level
-from learner.load import bundle_files, load_policy
-from learner.rollouts import Rollouts, VectorEnv, collect
+from learner.load import load_policy
 from learner.sft import default_data, terminate_as_interrupt
-from learner.update import AlgoConfig, Updater, make_optimizer
+from learner.trainer import Trainer, local_trainer
+from learner.update import AlgoConfig
 from sim.twin.config import TwinConfig
 from sim.twin.vector_env import TwinVectorEnv
 
@@ -59,84 +58,12 @@ class TrainConfig:
     def __post_init__(self):
         if min(self.iterations, self.episodes, self.save_every) < 1:
             raise ValueError("iterations, episodes and save_every must be at least 1")
+        if self.episodes % self.algo.group_size:
+            raise ValueError(f"episodes {self.episodes}: must be a multiple of algo.group_size {self.algo.group_size}")
 
     @property
     def run(self) -> Path:
         return Path(self.runs_dir) / self.name
-
-
-class Trainer:
-    """One iteration at a time. The environments begin anew in each, so that weights, optimiser, counters and one
-    generator are the whole state."""
-
-    def __init__(self, config: TrainConfig, policy: Any, env: VectorEnv, demos: Mixture | None):
-        self.config, self.policy, self.env, self.demos = config, policy, env, demos
-        if hasattr(policy, "freeze_eyes"):
-            policy.freeze_eyes()
-        self.flow = policy.config.flow
-        if config.noise_level is not None:
-            self.flow.noise_level = config.noise_level
-        self.generator = torch.Generator().manual_seed(config.seed)
-        optimizer = make_optimizer(policy, config.algo)
-        self.updater = Updater(policy, optimizer, config.algo, demos, self.generator)
-        self.iteration, self.env_steps = 0, 0
-
-    def iterate(self) -> dict[str, float]:
-        """Rollouts and updates; returns metrics by the names that TensorBoard shows."""
-        c = self.config
-        self.policy.set_noise_level(annealed_noise_level(self.flow, self.iteration))
-        started_s = time.monotonic()
-        rollouts = collect(self.env, self.policy, self.seeds(), c.algo.gamma, c.algo.gae_lambda, self.generator)
-        collected_s = time.monotonic()
-        metrics = self.updater.update(rollouts) | rollout_metrics(rollouts)
-        self.iteration += 1
-        self.env_steps += rollouts.num_env_steps
-        metrics["time/rollout_s"], metrics["time/update_s"] = collected_s - started_s, time.monotonic() - collected_s
-        metrics["time/env_steps_per_s"] = rollouts.num_env_steps / metrics["time/rollout_s"]
-        return metrics
-
-    def seeds(self) -> list[int]:
-        """Of this iteration's episodes; far from those that evaluation uses."""
-        rng = np.random.default_rng([self.config.seed, self.iteration])
-        return rng.integers(1_000_000, 2**31 - 1, self.config.episodes).tolist()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "policy": self.policy.state_dict(),
-            "optimizer": self.updater.optimizer.state_dict(),
-            "steps": self.updater.steps,
-            "demos": self.demos.state_dict() if self.demos else None,
-            "generator": self.generator.get_state(),
-            "iteration": self.iteration,
-            "env_steps": self.env_steps,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.policy.load_state_dict(state["policy"])
-        self.updater.optimizer.load_state_dict(state["optimizer"])
-        self.updater.steps = state["steps"]
-        if self.demos:
-            self.demos.load_state_dict(state["demos"])
-        self.generator.set_state(state["generator"])
-        self.iteration, self.env_steps = state["iteration"], state["env_steps"]
-
-
-def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """Means over samples that count and over episodes that ended."""
-    mask = rollouts.mask.bool()
-    returns, advantages = rollouts.returns[mask], rollouts.raw_advantages[mask]
-    error = (rollouts.returns - rollouts.old_value)[mask]
-    metrics = {
-        "rollout/returns_mean": returns.mean().item(),
-        "rollout/advantages_mean": advantages.mean().item(),
-        "rollout/explained_variance": 1 - (error.var() / returns.var().clamp(min=1e-8)).item(),
-        "env/num_trajectories": float(len(rollouts.episodes)),
-    }
-    if rollouts.episodes:
-        metrics["env/success_once"] = float(np.mean([e.success for e in rollouts.episodes]))
-        metrics["env/episode_len"] = float(np.mean([e.length for e in rollouts.episodes]))
-        metrics["env/return"] = float(np.mean([e.reward for e in rollouts.episodes]))
-    return metrics
 
 
 def main(argv: list[str]) -> int:
@@ -164,15 +91,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     saved = load_state(state_file, config) if config.resume and state_file.exists() else None
     start = Path(saved["start"]) if saved else start
     parent = verify_bundle(start).version
-    policy = load_policy(start, config.device)
+    policy = open_policy(config, start)
     save(config, config.run / "config" / f"{config.stage}.yaml")
     env = TwinVectorEnv(config.twin, policy.embodiment, config.envs, config.workers, config.seed, auto_reset=False)
     with contextlib.closing(env):
-        trainer = Trainer(config, policy, env, open_demos(config, policy))
+        trainer = local_trainer(policy, [env], open_demos(config, policy), config.algo, config.episodes, config.seed)
         if saved:
             trainer.load_state_dict(saved["trainer"])
-        newest = saved["version"] if saved else parent
-        history, newest = run_iterations(trainer, config, start, newest, state_file)
+        newest, history = (saved["version"], saved["history"]) if saved else (parent, [])
+        newest = run_iterations(trainer, config, policy.embodiment, start, newest, history, state_file)
     curve = config.run / "curves" / f"{config.stage}.json"
     durable.make_folder(curve.parent)
     durable.write_text(curve, json.dumps(history) + "\n")
@@ -181,7 +108,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "parent_version": parent,
         "version": newest,
         "iterations": trainer.iteration,
-        "optimizer_steps": trainer.updater.steps,
+        "optimizer_steps": trainer.optimizer_steps,
         "env_steps": trainer.env_steps,
         "env_steps_per_s": sum(m["time/env_steps_per_s"] * m["time/rollout_s"] for m in history) / max(rollout_s, 1e-9),
         "rollout_s": rollout_s,
@@ -192,6 +119,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     write_stage(config.run, config.stage, time.monotonic() - started_s, figures, {"metrics": curve})
     state_file.unlink(missing_ok=True)
     return figures
+
+
+def open_policy(config: TrainConfig, start: Path) -> Any:
+    """The checkpoint's policy, ready for Stage II."""
+    policy = load_policy(start, config.device)
+    if hasattr(policy, "freeze_eyes"):
+        policy.freeze_eyes()
+    if config.noise_level is not None:
+        policy.config.flow.noise_level = config.noise_level
+    return policy
 
 
 def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
@@ -211,12 +148,17 @@ def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
 
 
 def run_iterations(
-    trainer: Trainer, config: TrainConfig, start: Path, version: int, state_file: Path
-) -> tuple[list[dict[str, float]], int]:
-    """Iterate to the end, logging and saving; returns the metrics of this process's iterations and the last version.
-    `version` is the one that the weights now are."""
+    trainer: Trainer,
+    config: TrainConfig,
+    embodiment: Embodiment,
+    start: Path,
+    version: int,
+    history: list[dict[str, float]],
+    state_file: Path,
+) -> int:
+    """Iterate to the end, logging and saving; metrics are added to `history`. Returns the last version; `version` is
+    the one that the weights now are."""
     durable.make_folder(state_file.parent)
-    history = []
     # No purge_step: it would remove the other stage's curves of the same run as well.
     writer = SummaryWriter(str(config.run / "tensorboard"))
     bar = tqdm(total=config.iterations, initial=trainer.iteration, desc=config.stage, unit="iteration")
@@ -229,12 +171,14 @@ def run_iterations(
             bar.update()
             bar.set_postfix(success=f"{metrics.get('env/success_once', 0):.2f}", refresh=False)
             if trainer.iteration % config.save_every == 0 or trainer.iteration == config.iterations:
-                version = save_bundle(trainer, config, version, metrics)
-            save_state(trainer, config, start, version, state_file)
-    return history, version
+                version = save_bundle(trainer, config, embodiment, version, metrics)
+            save_state(trainer, config, start, version, history, state_file)
+    return version
 
 
-def save_bundle(trainer: Trainer, config: TrainConfig, parent: int, metrics: dict[str, float]) -> int:
+def save_bundle(
+    trainer: Trainer, config: TrainConfig, embodiment: Embodiment, parent: int, metrics: dict[str, float]
+) -> int:
     """The next version; returns it."""
     root = config.run / "checkpoints"
     newest = latest_bundle(root)
@@ -242,19 +186,27 @@ def save_bundle(trainer: Trainer, config: TrainConfig, parent: int, metrics: dic
     evaluation = {key: metrics[key] for key in ("env/success_once", "env/episode_len") if key in metrics}
     write_bundle(
         bundle_path(root, version),
-        bundle_files(trainer.policy),
-        trainer.policy.embodiment,
+        trainer.bundle(),
+        embodiment,
         version,
         parent,
-        trainer.updater.steps,
+        trainer.optimizer_steps,
         evaluation,
     )
     return version
 
 
-def save_state(trainer: Trainer, config: TrainConfig, start: Path, version: int, path: Path) -> None:
+def save_state(
+    trainer: Trainer, config: TrainConfig, start: Path, version: int, history: list[dict[str, float]], path: Path
+) -> None:
     unfinished = path.with_suffix(".partial")
-    state = {"config": asdict(config), "start": str(start), "version": version, "trainer": trainer.state_dict()}
+    state = {
+        "config": asdict(config),
+        "start": str(start),
+        "version": version,
+        "history": history,
+        "trainer": trainer.state_dict(),
+    }
     torch.save(state, unfinished)
     unfinished.replace(path)
 

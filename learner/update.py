@@ -1,60 +1,102 @@
-"""One iteration of learning: PPO on twin samples plus beta times the SFT loss on demonstrations of the robot.
+"""Optimiser steps of L = L_rl + beta L_sft: PPO or GRPO on twin samples, anchored by demonstrations of the robot.
 
-Every micro-batch makes one combined loss and one backward pass:
+    PPO   L_rl = actor + critic - entropy_bonus * entropy        GRPO   L_rl = actor - entropy_bonus * entropy
 
-    L = (L_rl + beta * L_sft) / n_acc,     L_rl = actor + critic - entropy_bonus * entropy
-
-Micro-batches add up to their batch exactly: L_rl is divided by the samples that count in the whole batch.
+The two terms share no activations, so their gradients are made one after the other and added: the sum's gradient is the
+sum of the gradients, and both are known apart at no further cost. Losses are sums with weights that add up to 1 over
+the batch, so micro-batches and ranks add up to the batch exactly. With several ranks (torch.distributed) each takes a
+part of every batch, gradients are summed, and all ranks make the same step.
 """
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from learner.losses import actor_loss, chunk_log_prob, critic_loss, loss_ratio, masked_mean
+from learner.flow import LEVELS
+from learner.losses import actor_loss, critic_loss, level_log_prob, loss_ratio, per_sample
 from learner.policy import Policy, SftBatch
 from learner.rollouts import Rollouts
 
 log = logging.getLogger(__name__)
 LOSS_RATIO_LIMIT = 1e5
+ALGORITHMS = ("ppo", "grpo")
 
 
 @dataclass
 class AlgoConfig:
-    """PPO with an SFT term. Rates suit the small policy; full-size ones need some 4e-6 (and 2e-4 for the critic)."""
+    """PPO or GRPO with an SFT term. Rates suit the small policy; full-size ones need some 4e-6 (value 2e-4)."""
 
+    algorithm: str = "ppo"  # grpo: advantages against episodes of the same start, no critic
+    level: str = "chunk"  # what one probability ratio is of: chunk, action, token
     gamma: float = 0.99
     gae_lambda: float = 0.95
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
+    dual_clip: float | None = None  # c > 1: a bad action's loss is at most c |A|
     value_clip: float = 0.2
     huber_delta: float = 10.0
     entropy_bonus: float = 0.0
-    beta: float = 0.2  # weight of the SFT term; 0: PPO alone
+    group_size: int = 1  # episodes that share a start (grpo: at least 2)
+    filter_low: float = 0.0  # grpo: groups whose success rate is outside [filter_low, filter_high] are left out
+    filter_high: float = 1.0
+    refill_rounds: int = 2  # grpo: times that left-out groups are replaced by fresh ones
+    beta: float = 0.2  # weight of the SFT term (where its gradient's share is asked for: its first value); 0: none
+    sft_per_rl: float = 0.25  # demonstrations for each RL sample of an optimiser step
+    sft_gradient_share: float | None = None  # beta follows: |beta g_sft| / (|g_rl| + |beta g_sft|) is held at this
+    beta_max: float = 100.0  # of a beta that follows
     lr: float = 2e-5
     value_lr: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 1.0
     update_epochs: int = 2
-    batch_size: int = 64  # RL samples (policy queries) of an optimiser step
-    micro_batch_size: int = 64
-    sft_batch_size: int = 16  # demonstrations of a micro-batch
-    critic_warmup_steps: int = 4  # optimiser steps at the start that train the value head alone
+    batch_size: int = 64  # RL samples (policy queries) of an optimiser step, over all ranks
+    micro_batch_size: int = 64  # of one backward pass on one rank
+    critic_warmup_steps: int = 4  # ppo: optimiser steps at the start that train the value head alone
     target_kl: float | None = 0.05  # end an iteration's updates when approx_kl exceeds it; None: never
     gradient_report_every: int = 10  # optimiser steps between comparisons of the two terms' gradients; 0: never
 
     def __post_init__(self):
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm {self.algorithm!r}: allowed are {', '.join(ALGORITHMS)}")
+        if self.level not in LEVELS:
+            raise ValueError(f"level {self.level!r}: allowed are {', '.join(LEVELS)}")
         if self.beta < 0:
             raise ValueError(f"beta {self.beta}: must not be negative")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        if self.beta and self.sft_batch_size < 1:
+            raise ValueError(
+                f"sft_per_rl {self.sft_per_rl} of micro_batch_size {self.micro_batch_size} is not one demonstration: "
+                f"allowed are {1 / self.micro_batch_size:.3g} and more, or beta 0"
+            )
+        if self.algorithm == "grpo" and self.group_size < 2:
+            raise ValueError(f"group_size {self.group_size}: grpo compares at least 2 episodes of the same start")
+        if self.group_size < 1:
+            raise ValueError(f"group_size {self.group_size}: at least 1")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip {self.dual_clip}: must be above 1")
+        if not 0 <= self.filter_low <= self.filter_high <= 1:
+            raise ValueError(
+                f"filter_low {self.filter_low}, filter_high {self.filter_high}: need 0 <= low <= high <= 1"
+            )
+        if self.sft_gradient_share is not None and not (0 < self.sft_gradient_share < 1 and self.beta > 0):
+            raise ValueError(
+                f"sft_gradient_share {self.sft_gradient_share} with beta {self.beta}: needs a share between 0 and 1 "
+                "and a beta above 0 to begin with"
+            )
+
+    @property
+    def sft_batch_size(self) -> int:
+        """Demonstrations of one micro-batch on one rank."""
+        return round(self.sft_per_rl * self.micro_batch_size)
 
 
 def make_optimizer(policy: torch.nn.Module, config: AlgoConfig) -> torch.optim.AdamW:
@@ -65,113 +107,208 @@ def make_optimizer(policy: torch.nn.Module, config: AlgoConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)
 
 
+def plan(num_samples: int, config: AlgoConfig, ranks: int, generator: torch.Generator) -> list[Tensor]:
+    """Rows of each optimiser step, all epochs in a row; a rank takes every `ranks`-th row of each. A remainder that
+    would leave a rank without a row is left out."""
+    orders = [torch.randperm(num_samples, generator=generator) for _ in range(config.update_epochs)]
+    return [rows for order in orders for rows in order.split(config.batch_size) if len(rows) >= ranks]
+
+
 @dataclass
 class Updater:
-    """Policy, optimiser and the counter of its steps. `demos` gives SFT batches; it is not touched while beta is 0."""
+    """Policy, optimiser and the counter of its steps. `demos` gives SFT batches; it is not touched while beta is 0.
+    `group`: the ranks that update together; None: this process alone."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
     config: AlgoConfig
     demos: Iterator[SftBatch] | None
     generator: torch.Generator
+    group: Any = None
     steps: int = 0
 
-    def update(self, rollouts: Rollouts) -> dict[str, float]:
-        """All epochs over one iteration's samples; returns metrics (means over micro-batches)."""
-        c = self.config
-        history: list[dict[str, float]] = []
-        for _ in range(c.update_epochs):
-            order = torch.randperm(len(rollouts), generator=self.generator).to(rollouts.old_value.device)
-            for rows in order.split(c.batch_size):
-                metrics = self.step(rollouts, rows)
-                history += metrics
-                kl = sum(m["actor/approx_kl"] for m in metrics) / len(metrics)
-                if c.target_kl is not None and kl > c.target_kl:
-                    return self._summary(history) | {"actor/stopped_early": 1.0}
-        return self._summary(history) | {"actor/stopped_early": 0.0}
+    def __post_init__(self):
+        self.beta = self.config.beta
+        self.ranks = dist.get_world_size(self.group) if self.group else 1
 
-    def step(self, rollouts: Rollouts, rows: Tensor) -> list[dict[str, float]]:
-        """One optimiser step on the samples `rows`; metrics of each micro-batch. A non-finite loss or gradient leaves
-        the weights as they are and raises ValueError."""
-        c = self.config
-        micro_batches = rows.split(c.micro_batch_size)
-        counted = rollouts.mask[rows].sum().clamp(min=1.0)
-        metrics = []
+    def update(self, rollouts: Rollouts, batches: list[Tensor]) -> dict[str, float]:
+        """One step for each of this rank's `batches` (rows of `rollouts`); returns metrics, means over the steps."""
+        history: list[dict[str, float]] = []
+        stopped = False
+        for rows in batches:
+            history.append(self.step(rollouts, rows.to(rollouts.old_value.device)))
+            limit = self.config.target_kl
+            stopped = limit is not None and history[-1]["actor/approx_kl"] > limit
+            if stopped:
+                break
+        return summary(history) | {"actor/stopped_early": float(stopped), "actor/optimizer_steps": float(len(history))}
+
+    def step(self, rollouts: Rollouts, rows: Tensor) -> dict[str, float]:
+        """One optimiser step; metrics of the whole batch. A non-finite loss or gradient leaves the weights as they are
+        and raises ValueError."""
+        c, micro_batches = self.config, rows.split(self.config.micro_batch_size)
+        weights = self._weights(rollouts, rows)
+        with_sft = c.beta > 0 and self.demos is not None and not self.is_warming_up
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in micro_batches:
-            share = rollouts.mask[micro].sum() / counted * len(micro_batches)
-            rl_loss, terms = self.rl_loss(rollouts, micro)
-            rl_loss = rl_loss * share
-            sft_loss = self.sft_loss()
-            if sft_loss is not None and self._is_report_due():
-                terms |= self._compare_gradients(rl_loss, sft_loss)
-            total = rl_loss if sft_loss is None else rl_loss + c.beta * sft_loss
-            (total / len(micro_batches)).backward()
-            terms |= {"train/ppo_loss": rl_loss.item(), "actor/total_loss": total.item()}
-            if sft_loss is not None:
-                terms |= self._sft_metrics(sft_loss.item(), rl_loss.item())
-            metrics.append(terms)
+        metrics = self._reduced([self._backward_rl(rollouts, micro, weights) for micro in micro_batches])
+        if with_sft and self._is_report_due():
+            rl_gradient = self._take_gradients()
+            metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), 1.0)
+            metrics |= self._join_gradients(rl_gradient)
+        else:
+            if with_sft:
+                metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), self.beta)
+            self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), c.clip_grad)
         if not torch.isfinite(norm):
             raise ValueError(f"optimiser step {self.steps}: gradient norm {norm.item()}, losses {metrics}")
         self.optimizer.step()
         self.steps += 1
-        return [m | {"actor/grad_norm": norm.item()} for m in metrics]
+        return metrics | self._totals(metrics) | {"actor/grad_norm": norm.item()}
 
     @property
     def is_warming_up(self) -> bool:
         """The critic learns first: advantages from an untrained one would push the policy anywhere."""
-        return self.steps < self.config.critic_warmup_steps
+        return self.config.algorithm == "ppo" and self.steps < self.config.critic_warmup_steps
 
-    def rl_loss(self, rollouts: Rollouts, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Mean over the samples of `rows` that count, with metrics."""
-        c, mask = self.config, rollouts.mask[rows]
-        scores = self.policy.scores(rollouts.prepared[rows], rollouts.chain[rows], rollouts.denoise_index[rows])
-        valid = rollouts.valid[rows]
-        new, old = (chunk_log_prob(p, valid) for p in (scores.log_prob, rollouts.old_log_prob[rows]))
-        actor, metrics = actor_loss(new, old, rollouts.advantages[rows], mask, c.clip_ratio_low, c.clip_ratio_high)
-        critic, more = critic_loss(
-            scores.value, rollouts.old_value[rows], rollouts.returns[rows], mask, c.value_clip, c.huber_delta
-        )
-        entropy = masked_mean(scores.entropy, mask)
-        metrics |= more | {"actor/policy_loss": actor.detach(), "actor/entropy": entropy.detach()}
-        loss = critic if self.is_warming_up else actor + critic - c.entropy_bonus * entropy
-        return loss, {name: value.item() for name, value in metrics.items()}
+    def rl_loss(
+        self, rollouts: Rollouts, rows: Tensor, weights: tuple[float, float]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The part of the batch's mean loss that `rows` are, with metrics. weights: of one entry at the level of the
+        ratios, and of one sample."""
+        c, taken = self.config, rollouts[rows].to(next(iter(self._parameters())).device)
+        scores = self.policy.scores(taken.prepared, taken.chain, taken.denoise_index)
+        new, counts = level_log_prob(scores.log_prob, taken.valid, c.level)
+        old, _ = level_log_prob(taken.old_log_prob, taken.valid, c.level)
+        weight, per_query = counts * weights[0], taken.mask * weights[1]
+        advantages = per_sample(taken.advantages, new)
+        loss, metrics = actor_loss(new, old, advantages, weight, c.clip_ratio_low, c.clip_ratio_high, c.dual_clip)
+        entropy = (scores.entropy * per_query).sum()
+        metrics |= {"actor/policy_loss": loss.detach(), "actor/entropy": entropy.detach()}
+        if not self.is_warming_up:
+            loss = loss - c.entropy_bonus * entropy
+        if c.algorithm == "ppo":
+            critic, more = critic_loss(
+                scores.value, taken.old_value, taken.returns, per_query, c.value_clip, c.huber_delta
+            )
+            loss, metrics = critic if self.is_warming_up else loss + critic, metrics | more
+        return loss, {name: value.item() for name, value in metrics.items()} | {"train/ppo_loss": loss.item()}
 
-    def sft_loss(self) -> Tensor | None:
-        """The next demonstrations' loss; None where it has no part."""
-        if self.config.beta == 0 or self.demos is None or self.is_warming_up:
-            return None
+    def sft_loss(self) -> Tensor:
+        """The next demonstrations' loss."""
+        assert self.demos is not None
         return self.policy.sft_loss(next(self.demos), self.generator)
 
-    def _sft_metrics(self, sft_loss: float, rl_loss: float) -> dict[str, float]:
-        ratio = loss_ratio(self.config.beta, sft_loss, rl_loss)
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.beta = state["steps"], state["beta"]
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def _backward_rl(self, rollouts: Rollouts, rows: Tensor, weights: tuple[float, float]) -> dict[str, float]:
+        loss, metrics = self.rl_loss(rollouts, rows, weights)
+        loss.backward()
+        return metrics
+
+    def _backward_sft(self, micro_batches: int, weight: float) -> float:
+        """Adds `weight` times the gradient of the SFT loss, a mean over micro-batches and ranks; returns the loss."""
+        losses = []
+        for _ in range(micro_batches):
+            loss = self.sft_loss() / (micro_batches * self.ranks)
+            (weight * loss).backward()
+            losses.append(loss.item())
+        return self._reduced([{"loss": sum(losses)}])["loss"]
+
+    def _weights(self, rollouts: Rollouts, rows: Tensor) -> tuple[float, float]:
+        """One over the entries that count in the whole batch, at the level of the ratios, and over its samples."""
+        valid, shape = rollouts.valid[rows], rollouts.old_log_prob[rows]
+        entries = float(level_log_prob(shape, valid, self.config.level)[1].sum())
+        counts = self._reduced([{"entries": entries, "samples": float(valid.any(-1).sum())}])
+        return 1 / max(counts["entries"], 1.0), 1 / max(counts["samples"], 1.0)
+
+    def _reduced(self, parts: list[dict[str, float]]) -> dict[str, float]:
+        """Sums over micro-batches and ranks."""
+        sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+        if self.group is None:
+            return sums
+        values = torch.tensor(list(sums.values()), dtype=torch.float64)
+        dist.all_reduce(values, group=self.group)
+        return dict(zip(sums, values.tolist(), strict=True))
+
+    def _sum_gradients(self) -> None:
+        """Over the ranks. A parameter that no rank has a gradient of keeps none."""
+        if self.group is None:
+            return
+        parameters = self._parameters()
+        present = torch.tensor([float(p.grad is not None) for p in parameters])
+        dist.all_reduce(present, group=self.group)
+        present_parameters = [p for p, n in zip(parameters, present.tolist(), strict=True) if n > 0]
+        if not present_parameters:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in present_parameters])
+        dist.all_reduce(flat, group=self.group)
+        for p, part in zip(present_parameters, flat.split([p.numel() for p in present_parameters]), strict=True):
+            p.grad = part.view_as(p).clone()
+
+    def _take_gradients(self) -> list[Tensor | None]:
+        """The gradients summed over the ranks; none is left behind."""
+        self._sum_gradients()
+        taken = [p.grad for p in self._parameters()]
+        self.optimizer.zero_grad(set_to_none=True)
+        return taken
+
+    def _join_gradients(self, rl: list[Tensor | None]) -> dict[str, float]:
+        """Both terms' gradients are known apart: compare them, let beta follow, and add. The comparison is over the
+        policy without its value head, which the SFT term cannot reach."""
+        sft = self._take_gradients()
+        of_policy = len(self.optimizer.param_groups[0]["params"])
+        pairs = [(a, b) for a, b in zip(rl[:of_policy], sft[:of_policy], strict=True)]
+        rl_norm = sum(a.square().sum() for a, _ in pairs if a is not None) ** 0.5
+        sft_norm = sum(b.square().sum() for _, b in pairs if b is not None) ** 0.5
+        product = sum((a * b).sum() for a, b in pairs if a is not None and b is not None)
+        share = self.config.sft_gradient_share
+        if share is not None and rl_norm > 0 and sft_norm > 0:
+            wanted = float(share / (1 - share) * rl_norm / sft_norm)
+            # A single batch's norms are noisy: half the way there (in orders of magnitude), every time.
+            self.beta = min((self.beta * wanted) ** 0.5, self.config.beta_max)
+        for p, a, b in zip(self._parameters(), rl, sft, strict=True):
+            p.grad = a if b is None else self.beta * b if a is None else a + self.beta * b
+        weighted = self.beta * float(sft_norm)
+        return {
+            "train/grad_norm_ppo": float(rl_norm),
+            "train/grad_norm_sft": weighted,
+            "train/grad_share_sft": weighted / max(weighted + float(rl_norm), 1e-12),
+            "train/grad_cosine": float(product) / max(float(rl_norm) * float(sft_norm), 1e-12),
+        }
+
+    def _is_report_due(self) -> bool:
+        """A beta that follows looks at every step."""
+        every = self.config.gradient_report_every
+        return self.config.sft_gradient_share is not None or (every > 0 and self.steps % every == 0)
+
+    def _totals(self, metrics: dict[str, float]) -> dict[str, float]:
+        rl_loss = metrics["train/ppo_loss"]
+        if "train/sft_loss" not in metrics:
+            return {"actor/total_loss": rl_loss}
+        ratio = loss_ratio(self.beta, metrics["train/sft_loss"], rl_loss)
         if ratio > LOSS_RATIO_LIMIT:
             log.warning("beta |SFT| / |PPO| is %.3g: the SFT term drowns PPO; lower algo.beta", ratio)
         # TensorBoard cannot draw infinity, which only says that the PPO loss was exactly 0.
-        return {"train/sft_loss": sft_loss, "train/loss_ratio": min(ratio, 1e9)}
-
-    def _is_report_due(self) -> bool:
-        every = self.config.gradient_report_every
-        return every > 0 and self.steps % every == 0
-
-    def _compare_gradients(self, rl_loss: Tensor, sft_loss: Tensor) -> dict[str, float]:
-        """Norms of both terms' gradients (beta included) and the cosine between them."""
-        parameters = self._parameters()
-        flat = []
-        for loss in (rl_loss, self.config.beta * sft_loss):
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            present = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True))
-            flat.append(torch.cat([g.flatten() for g in present]))
-        norms = [g.norm().item() for g in flat]
-        cosine = (flat[0] @ flat[1]).item() / max(math.prod(norms), 1e-12)
-        return {"train/grad_norm_ppo": norms[0], "train/grad_norm_sft": norms[1], "train/grad_cosine": cosine}
+        return {
+            "actor/total_loss": rl_loss + self.beta * metrics["train/sft_loss"],
+            "train/loss_ratio": min(ratio, 1e9),
+            "train/beta": self.beta,
+        }
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    @staticmethod
-    def _summary(history: list[dict[str, float]]) -> dict[str, float]:
-        names = dict.fromkeys(name for metrics in history for name in metrics)
-        present = {name: [m[name] for m in history if name in m] for name in names}
-        return {name: sum(values) / len(values) for name, values in present.items()}
+
+def summary(history: list[dict[str, float]]) -> dict[str, float]:
+    """Means; a name that only some entries have is averaged over those."""
+    names = dict.fromkeys(name for metrics in history for name in metrics)
+    present = {name: [m[name] for m in history if name in m] for name in names}
+    return {name: sum(values) / len(values) for name, values in present.items()}

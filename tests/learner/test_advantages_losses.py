@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from learner.advantages import gae, normalized
-from learner.losses import actor_loss, chunk_log_prob, critic_loss, loss_ratio
+from learner.advantages import gae, group_relative, informative_groups, normalized
+from learner.losses import actor_loss, critic_loss, level_log_prob, loss_ratio, per_sample
 
 
 def column(*numbers):
@@ -38,16 +38,43 @@ def test_advantages_are_normalised_over_what_counts():
     assert not normalized(advantages, torch.tensor([True, False, False, False])).any()
 
 
+def test_groups_are_compared_within_themselves_by_hand():
+    scores, group = torch.tensor([1.0, 0.0, 1.0, 5.0, 0.0, 5.0]), torch.tensor([7, 7, 7, 3, 7, 3])
+    # Group 7: 1, 0, 1, 0: mean 0.5, unbiased std sqrt(4 * 0.25 / 3). Group 3: equal, says nothing.
+    step = 0.5 / (math.sqrt(1 / 3) + 1e-6)
+    expected = torch.tensor([step, -step, step, 0.0, -step, 0.0])
+    torch.testing.assert_close(group_relative(scores, group), expected)
+    assert group_relative(torch.ones(1), torch.zeros(1, dtype=torch.int64)).tolist() == [0.0]
+    success = torch.tensor([True, False, True, True, False, True])
+    assert informative_groups(success, group, 0.1, 0.9).tolist() == [7]
+    assert informative_groups(success, group, 0.0, 1.0).tolist() == [3, 7]
+
+
 def test_only_executed_steps_enter_the_log_probability():
-    log_prob = torch.arange(12.0).view(1, 3, 4)
-    assert chunk_log_prob(log_prob, torch.tensor([[True, True, False]])).tolist() == [sum(range(8))]
+    log_prob, valid = torch.arange(12.0).view(1, 3, 4), torch.tensor([[True, True, False]])
+    chunk, counts = level_log_prob(log_prob, valid, "chunk")
+    assert (chunk.tolist(), counts.tolist()) == ([sum(range(8))], [True])
+    action, counts = level_log_prob(log_prob, valid, "action")
+    assert (action.tolist(), counts.tolist()) == ([[6.0, 22.0, 0.0]], valid.tolist())
+    token, counts = level_log_prob(log_prob, valid, "token")
+    assert token[0, :2].tolist() == log_prob[0, :2].tolist()
+    assert counts[0].all(-1).tolist() == [True, True, False]
+    assert per_sample(torch.tensor([2.0]), token).shape == (1, 1, 1)
+
+
+def test_the_dual_clip_bounds_bad_actions_only():
+    ratio, advantages = torch.tensor([9.0, 9.0, 2.0]), torch.tensor([-1.0, 1.0, -1.0])
+    loss, metrics = actor_loss(ratio.log(), torch.zeros(3), advantages, torch.ones(3) / 3, 0.2, 0.2, dual_clip=3.0)
+    # 9 A is bounded to 3 |A|; a good action stays at -1.2; 2 is below the bound
+    assert loss.item() == pytest.approx((3.0 - 1.2 + 2.0) / 3)
+    assert metrics["actor/dual_clipfrac"].item() == pytest.approx(1 / 3)
 
 
 def test_the_surrogate_is_clipped_by_hand():
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 9.0])
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 7.0])
-    mask = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
-    loss, metrics = actor_loss(ratio.log(), torch.zeros(5), advantages, mask, 0.2, 0.3)
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]) / 4
+    loss, metrics = actor_loss(ratio.log(), torch.zeros(5), advantages, weight, 0.2, 0.3)
     # -min: 1.5 is clipped to 1.3 for A > 0, kept for A < 0; 0.5 kept for A > 0, clipped to 0.8 for A < 0
     assert loss.item() == pytest.approx((-1.3 + 1.5 - 0.5 + 0.8) / 4)
     assert metrics["actor/pg_clipfrac"].item() == 0.5
@@ -57,8 +84,8 @@ def test_the_surrogate_is_clipped_by_hand():
 
 def test_the_value_is_held_near_its_old_one_and_the_ratio_counts_who_left():
     value, old = torch.tensor([0.5, 0.1, -1.0, 3.0]), torch.zeros(4)
-    returns, mask = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
-    loss, metrics = critic_loss(value, old, returns, mask, 0.2, 10.0)
+    returns, weight = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0]) / 3
+    loss, metrics = critic_loss(value, old, returns, weight, 0.2, 10.0)
     # held: 0.2, 0.1, -0.2. Worse of both: (1 - 0.2)^2/2, 0.1^2/2, 1^2/2
     assert loss.item() == pytest.approx((0.32 + 0.005 + 0.5) / 3)
     assert metrics["actor/value_clip_ratio"].item() == pytest.approx(2 / 3)

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from learner.advantages import normalized
 from learner.demo_dataset import DataConfig, Mixture, open_parts
-from learner.losses import chunk_log_prob
+from learner.losses import level_log_prob
 from learner.normalization import Quantiles
 from learner.policy import ObservationBatch
 from learner.rollouts import collect
 from learner.small_policy import SmallPolicy, SmallPolicyConfig, Statistics
-from learner.train import TrainConfig, Trainer, rollout_metrics
+from learner.trainer import local_trainer, rollout_metrics
 from learner.twin_eval import run_episodes
-from learner.update import AlgoConfig, Updater, make_optimizer
+from learner.update import AlgoConfig, Updater, make_optimizer, plan
 from tests.learner.toy_cell import ChunkResult, ToyVectorEnv, Views, tabletop
 from tests.learner.toy_data import write_dataset
 
@@ -80,6 +81,12 @@ class PushEnv:
             lost=np.zeros(n, bool),
         )
 
+    def send(self, actions, env_ids):
+        self.answer = self.step_chunk(actions, env_ids)
+
+    def recv(self):
+        return self.answer
+
     def close(self):
         pass
 
@@ -97,12 +104,17 @@ def demos(folder, policy, seed=0):
 
 
 def roll(policy, seed=0):
-    return collect(PushEnv(), policy, range(5), 0.9, 0.95, torch.Generator().manual_seed(seed))
+    rollouts = collect([PushEnv()], policy, range(5), 0.9, 0.95, torch.Generator().manual_seed(seed))
+    return dataclasses.replace(rollouts, advantages=normalized(rollouts.advantages, rollouts.mask))
 
 
 def updater(policy, config, mixture=None):
     generator = torch.Generator().manual_seed(5)
     return Updater(policy, make_optimizer(policy, config), config, mixture, generator)
+
+
+def whole_update(learner, rollouts):
+    return learner.update(rollouts, plan(len(rollouts), learner.config, 1, torch.Generator().manual_seed(6)))
 
 
 @pytest.mark.parametrize("flow", [{}, {"joint": True}, {"method": "flow_cps"}, {"method": "flow_noise", "joint": True}])
@@ -130,8 +142,9 @@ def test_sampled_densities_are_densities():
     sample = policy.sample(prepared, torch.Generator().manual_seed(2))
     everything = torch.ones(3000, policy.num_action_chunks, dtype=torch.bool)
     with torch.no_grad():
-        new = chunk_log_prob(other.scores(prepared, sample.chain, sample.denoise_index).log_prob, everything)
-    ratio = (new - chunk_log_prob(sample.log_prob, everything)).exp()
+        scores = other.scores(prepared, sample.chain, sample.denoise_index)
+        new, old = (level_log_prob(p, everything, "chunk")[0] for p in (scores.log_prob, sample.log_prob))
+    ratio = (new - old).exp()
     error = ratio.std().item() / len(ratio) ** 0.5
     assert ratio.std() > 0.1
     assert abs(ratio.mean().item() - 1) < 4 * error
@@ -143,18 +156,22 @@ def gradients(policy, loss):
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(demos_folder):
+@pytest.mark.parametrize("report_every", [0, 1])
+def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(demos_folder, report_every):
     """grad(L_PPO + beta L_SFT) = grad L_PPO + beta grad L_SFT for every parameter, in the step that training takes."""
     beta, policy = 0.3, tiny_policy()
     rollouts = roll(policy)
-    config = AlgoConfig(beta=beta, clip_grad=1e9, micro_batch_size=8, batch_size=16, critic_warmup_steps=0)
+    config = AlgoConfig(
+        beta=beta, clip_grad=1e9, micro_batch_size=8, batch_size=16, critic_warmup_steps=0,
+        gradient_report_every=report_every,
+    )  # fmt: skip
     rows = torch.arange(16)
     learner = updater(policy, config, demos(demos_folder, policy))
     learner.optimizer.step = lambda: None
     learner.step(rollouts, rows)
     combined = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     apart = updater(policy, config, demos(demos_folder, policy))
-    ppo = gradients(policy, apart.rl_loss(rollouts, rows)[0])
+    ppo = gradients(policy, apart.rl_loss(rollouts, rows, (1 / 16, 1 / 16))[0])
     sft = gradients(policy, (apart.sft_loss() + apart.sft_loss()) / 2)
     assert combined.keys() == ppo.keys() | sft.keys()
     assert sum(g.abs().sum() for g in sft.values()) > 0
@@ -168,7 +185,7 @@ def test_beta_0_is_ppo_alone_bit_for_bit(demos_folder):
     config = AlgoConfig(beta=0.0, micro_batch_size=8, batch_size=16, critic_warmup_steps=0)
     with_demos, alone = tiny_policy(), tiny_policy()
     metrics = [
-        updater(policy, config, mixture).update(roll(policy))
+        whole_update(updater(policy, config, mixture), roll(policy))
         for policy, mixture in ((with_demos, demos(demos_folder, with_demos)), (alone, None))
     ]
     assert metrics[0] == metrics[1]
@@ -181,7 +198,7 @@ def test_metrics_add_up_and_micro_batches_do_not_matter(demos_folder):
     policy = tiny_policy()
     rollouts = roll(policy)
     config = AlgoConfig(beta=0.2, micro_batch_size=16, batch_size=16, critic_warmup_steps=0, gradient_report_every=1)
-    (metrics,) = updater(policy, config, demos(demos_folder, policy)).step(rollouts, torch.arange(16))
+    metrics = updater(policy, config, demos(demos_folder, policy)).step(rollouts, torch.arange(16))
     assert metrics["actor/total_loss"] == pytest.approx(metrics["train/ppo_loss"] + 0.2 * metrics["train/sft_loss"])
     expected = 0.2 * metrics["train/sft_loss"] / abs(metrics["train/ppo_loss"])
     assert metrics["train/loss_ratio"] == pytest.approx(expected)
@@ -202,11 +219,11 @@ def test_critic_warm_up_moves_the_value_head_alone():
     policy, before = tiny_policy(), tiny_policy()
     config = AlgoConfig(beta=0.0, critic_warmup_steps=2, batch_size=18, micro_batch_size=18, update_epochs=2)
     learner = updater(policy, config)
-    learner.update(roll(policy))
+    whole_update(learner, roll(policy))
     changed = [n for (n, a), b in zip(policy.named_parameters(), before.parameters(), strict=True) if not a.equal(b)]
     assert changed
     assert all(name.startswith("value_head") for name in changed)
-    learner.update(roll(policy))
+    whole_update(learner, roll(policy))
     assert not policy.expert.action_out.weight.equal(before.expert.action_out.weight)
 
 
@@ -216,7 +233,7 @@ def test_a_non_finite_loss_is_refused_and_changes_nothing():
     rollouts.advantages[3] = float("nan")
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     with pytest.raises(ValueError, match="gradient norm nan"):
-        updater(policy, AlgoConfig(beta=0.0, critic_warmup_steps=0)).update(rollouts)
+        whole_update(updater(policy, AlgoConfig(beta=0.0, critic_warmup_steps=0)), rollouts)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
@@ -224,7 +241,7 @@ def test_an_update_ends_early_at_the_kl_limit():
     policy = tiny_policy()
     config = AlgoConfig(beta=0.0, lr=1e-2, target_kl=1e-3, update_epochs=50, critic_warmup_steps=0, batch_size=16, micro_batch_size=16)  # fmt: skip  # noqa: E501
     learner = updater(policy, config)
-    assert learner.update(roll(policy))["actor/stopped_early"] == 1.0
+    assert whole_update(learner, roll(policy))["actor/stopped_early"] == 1.0
     assert learner.steps < 50
 
 
@@ -259,10 +276,8 @@ def test_rollouts_are_whole_episodes_and_bootstrap_through_time_limits_only():
 def test_ppo_earns_more():
     policy = tiny_policy()
     policy.freeze_eyes()
-    config = TrainConfig(
-        episodes=6, algo=AlgoConfig(beta=0.0, lr=3e-3, critic_warmup_steps=2, gamma=0.5, update_epochs=3)
-    )
-    trainer = Trainer(config, policy, PushEnv(), None)
+    algo = AlgoConfig(beta=0.0, lr=3e-3, critic_warmup_steps=2, gamma=0.5, update_epochs=3)
+    trainer = local_trainer(policy, [PushEnv()], None, algo, 6, 0)
     rewards = [trainer.iterate()["env/return"] for _ in range(8)]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 2.0
 
@@ -278,8 +293,14 @@ def test_evaluation_gives_every_seed_one_episode():
 
 def trainer(folder):
     policy = tiny_policy()
-    config = TrainConfig(episodes=3, algo=AlgoConfig(lr=1e-3, critic_warmup_steps=1, batch_size=4, micro_batch_size=4))
-    return Trainer(config, policy, ToyVectorEnv(tabletop(), 2, max_steps=6, size=SIZE), demos(folder, policy))
+    policy.freeze_eyes()
+    algo = AlgoConfig(lr=1e-3, critic_warmup_steps=1, batch_size=4, micro_batch_size=4, sft_gradient_share=0.3)
+    env = ToyVectorEnv(tabletop(), 2, max_steps=6, size=SIZE)
+    return local_trainer(policy, [env], demos(folder, policy), algo, 3, 0)
+
+
+def weights_of(trainer):
+    return trainer.state_dict()["worker"]["policy"]
 
 
 def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(demos_folder, tmp_path):
@@ -294,7 +315,5 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(demos_folder, tmp
         assert {k: v for k, v in got.items() if "time/" not in k} == {
             k: v for k, v in expected.items() if "time/" not in k
         }
-    for (name, ours), theirs in zip(
-        whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
-    ):
+    for (name, ours), theirs in zip(weights_of(whole).items(), weights_of(resumed).values(), strict=True):
         assert torch.equal(ours, theirs), name

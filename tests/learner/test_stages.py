@@ -12,7 +12,8 @@ from learner import twin_eval
 from learner.demo_dataset import DataConfig
 from learner.run_folder import read_curves
 from learner.sft import train as train_sft
-from learner.train import TrainConfig, Trainer, train
+from learner.train import TrainConfig, train
+from learner.trainer import Trainer
 from learner.twin_eval import TwinEvalConfig, evaluate
 from learner.update import AlgoConfig
 from tests.learner.test_sft import config_in
@@ -49,7 +50,7 @@ def train_config(folder, **changes):
     algo = AlgoConfig(
         batch_size=4,
         micro_batch_size=4,
-        sft_batch_size=4,
+        sft_per_rl=1.0,
         critic_warmup_steps=1,
         gradient_report_every=1,
         target_kl=None,

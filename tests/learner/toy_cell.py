@@ -183,5 +183,11 @@ class ToyVectorEnv:
             lost=np.zeros(len(ids), bool),
         )
 
+    def send(self, actions: np.ndarray, env_ids=None) -> None:
+        self._answer = self.step_chunk(actions, env_ids)
+
+    def recv(self) -> ChunkResult:
+        return self._answer
+
     def close(self) -> None:
         pass
