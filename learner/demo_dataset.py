@@ -27,7 +27,7 @@ from bridge.dataset_schema import CODEBASE_VERSION, image_key
 from bridge.embodiment import Embodiment
 from bridge.video import decode_frames
 from learner.policy import ObservationBatch, SftBatch
-from learner.vision import area_resize
+from learner.vision import area_resize, padded_pictures
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,11 @@ class DemoDataset:
         cache: Path,
         hold_steps: int = 0,
         allow_contract_mismatch: list[str] | None = None,
+        padded: bool = False,
     ):
         self.hold_steps = hold_steps
-        self.root, self.embodiment, self.horizon, self.size = Path(root), embodiment, horizon, size
+        self.root, self.embodiment, self.horizon = Path(root), embodiment, horizon
+        self.size, self.padded = size, padded
         info = _read_info(self.root)
         contract = Embodiment.load(self.root / "meta/contract.json")
         embodiment.require_same(contract, f"data set {root}", allow_contract_mismatch)
@@ -120,7 +122,7 @@ class DemoDataset:
             path = self.root / info["video_path"].format(video_key=key, **numbers)
             if path not in files:
                 files[path] = len(opened)
-                opened.append(cached_frames(path, self.size, cache))
+                opened.append(cached_frames(path, self.size, cache, self.padded))
             rows = slice(line["dataset_from_index"], line["dataset_to_index"])
             first_frame = round(line[f"{place}/from_timestamp"] * self.fps)
             file_of_row[rows] = files[path]
@@ -173,13 +175,14 @@ def next_gripper_event_m(state: np.ndarray, gripper: np.ndarray) -> np.ndarray:
     return out
 
 
-def cached_frames(path: Path, size: tuple[int, int], cache: Path) -> np.ndarray:
-    """All frames of a video at `size` (height, width), uint8 [n, h, w, 3], memory-mapped."""
+def cached_frames(path: Path, size: tuple[int, int], cache: Path, padded: bool = False) -> np.ndarray:
+    """All frames of a video at `size` (height, width), uint8 [n, h, w, 3], memory-mapped. `padded`: undistorted."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    stored = Path(cache) / f"{durable.sha256(path)[:32]}_{size[0]}x{size[1]}.npy"
+    stored = Path(cache) / f"{durable.sha256(path)[:32]}_{size[0]}x{size[1]}{'_padded' * padded}.npy"
     if not stored.exists():
-        frames = [area_resize(frame[None], size) for frame in decode_frames(path)]
+        resize = padded_pictures if padded else area_resize
+        frames = [resize(frame[None], size) for frame in decode_frames(path)]
         durable.make_folder(stored.parent)
         unfinished = stored.with_suffix(".partial.npy")
         np.save(unfinished, np.concatenate(frames))
@@ -202,16 +205,18 @@ class Part:
 class Mixture:
     """Batches with fixed shares from parts (real and simulated), each walked in an order that is new in every epoch.
 
-    The state is two kinds of counters; seed and counters alone decide the next batch.
+    The state is two kinds of counters; seed and counters alone decide the next batch. Where `ranks` train together,
+    each has a mixture of its own that reads its rows of batches of `ranks * batch_size`.
     """
 
-    def __init__(self, parts: list[Part], batch_size: int, seed: int):
+    def __init__(self, parts: list[Part], batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
         self.parts = [part for part in parts if part.share > 0]
         if not self.parts or any(len(part) == 0 for part in self.parts):
             raise ValueError(f"no demonstrations in {[p.name for p in parts if len(p) == 0 or p.share <= 0]}")
         total = sum(part.share for part in self.parts)
         self.shares = [part.share / total for part in self.parts]
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed = batch_size * ranks, seed
+        self.rank, self.ranks = rank, ranks
         self.batches = 0
         self.drawn = [0] * len(self.parts)
         self._orders: dict[tuple[int, int], np.ndarray] = {}
@@ -220,8 +225,9 @@ class Mixture:
         pieces, left = [], self.batch_size
         for index, part in enumerate(self.parts):
             count = left if index == len(self.parts) - 1 else self._count(self.shares[index])
+            first = (self.rank - (self.batch_size - left)) % self.ranks  # of this rank's rows in this part's
             left -= count
-            rows = np.array([self._draw(index) for _ in range(count)], np.int64)
+            rows = np.array([self._draw(index) for _ in range(count)], np.int64)[first :: self.ranks]
             for dataset in part.datasets:
                 mine = (rows >= 0) & (rows < len(dataset))
                 if mine.any():
@@ -280,8 +286,11 @@ class DataConfig:
             raise ValueError(f"alpha {self.alpha}: allowed are 0 to 1")
 
 
-def open_parts(config: DataConfig, embodiment: Embodiment, horizon: int, size: tuple[int, int]) -> list[Part]:
-    """The sides of the mixture that have data. ValueError when there is none at all."""
+def open_parts(
+    config: DataConfig, embodiment: Embodiment, horizon: int, size: tuple[int, int], padded: bool = False
+) -> list[Part]:
+    """The sides of the mixture that have data, pictures at `size` (height, width; `padded`: undistorted). ValueError
+    when there is none at all."""
     if not config.sim and not config.real:
         raise ValueError("no demonstrations: name data set folders in data.sim or data.real")
     parts = []
@@ -295,6 +304,7 @@ def open_parts(config: DataConfig, embodiment: Embodiment, horizon: int, size: t
                 Path(config.cache or Path(folder).parent / "cache"),
                 config.hold_steps,
                 config.allow_contract_mismatch,
+                padded,
             )
             for folder in folders
         ]
