@@ -12,8 +12,8 @@ from torch import Tensor
 
 from sim.splat import reference
 from sim.splat.cloud import GaussianCloud
+from sim.splat.config import BACKENDS
 
-BACKENDS = ("auto", "gsplat", "torch")
 PAIRS_PER_CALL = 2**25  # Gaussians x pictures that the GPU works on at once: some 4 GB
 
 

@@ -3,11 +3,8 @@
 The twin calls `pictures` (render: splat) or `composite` (render: composite) once a step for all its environments.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,43 +12,9 @@ from torch import Tensor
 from bridge.embodiment import Camera
 from sim.splat import composite, scene
 from sim.splat.cloud import GaussianCloud
-from sim.splat.render import BACKENDS, Cameras, RenderOutput, render, to_uint8
+from sim.splat.config import SplatConfig
+from sim.splat.render import Cameras, RenderOutput, render, to_uint8
 from sim.splat.scene import SplatScene
-
-PEER_INTERFACES = ("gs_rlinf",)
-
-
-@dataclass
-class SplatConfig:
-    """`scene`: the folder with scene.yaml. `device`: "auto" is CUDA where there is one. `cache_fixed`: what is fixed in
-    the world is drawn once for a camera that is fixed too. `antialiased`: see `render`. `images_per_call`: how many
-    pictures the GPU works on at once, None for what `PAIRS_PER_CALL` allows."""
-
-    scene: str = ""
-    backend: str = "auto"
-    device: str = "auto"
-    cache_fixed: bool = True
-    antialiased: bool = False
-    images_per_call: int | None = None
-
-    def __post_init__(self):
-        if self.backend not in BACKENDS:
-            raise ValueError(f"splat backend {self.backend!r}: allowed are {', '.join(BACKENDS)}")
-        if self.images_per_call is not None and self.images_per_call < 1:
-            raise ValueError(f"images_per_call {self.images_per_call}: must be at least 1")
-
-    @classmethod
-    def from_gs_kwargs(cls, scene: str, gs_kwargs: Mapping[str, Any]) -> "SplatConfig":
-        """GSEnv's `gs_kwargs`: `render_interface`, `cache_table`, `render_bs`, `device`; ValueError for others."""
-        known = {"cache_table": "cache_fixed", "render_bs": "images_per_call", "device": "device"}
-        for key in gs_kwargs:
-            if key not in (*known, "render_interface"):
-                near = difflib.get_close_matches(key, [*known, "render_interface"], n=1)
-                raise ValueError(f"gs_kwargs: unknown key {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-        interface = gs_kwargs.get("render_interface", PEER_INTERFACES[0])
-        if interface not in PEER_INTERFACES:
-            raise ValueError(f"gs_kwargs: render_interface {interface!r}: allowed are {', '.join(PEER_INTERFACES)}")
-        return cls(scene=scene, **{known[key]: value for key, value in gs_kwargs.items() if key in known})
 
 
 class SplatRenderer:

@@ -66,15 +66,7 @@ class SplatScene:
 def load(folder: Path) -> SplatScene:
     """Raises ValueError (naming file and key) for anything that does not fit, FileNotFoundError for a missing file."""
     path = folder / "scene.yaml"
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    _check_keys(data, "scene", str(path))
-    if data.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {data.get('format')!r}, this version reads {FORMAT!r}")
-    entries = _items(data, "segments", path)
-    declared = {name: _segment(name, entry, f"{path}: segments.{name}") for name, entry in entries}
+    data, declared = _read(path)
     clouds = data.get("clouds") or []
     if not isinstance(clouds, list) or not clouds:
         raise ValueError(f"{path}: clouds must be a list of at least one cloud")
@@ -90,6 +82,25 @@ def load(folder: Path) -> SplatScene:
         background=_background(data.get("background") or {"color": [0, 0, 0]}, folder, f"{path}: background"),
         cameras={name: _camera(entry, f"{path}: cameras.{name}") for name, entry in _items(data, "cameras", path)},
     )
+
+
+def carriers(folder: Path) -> tuple[list[str], list[str], bool]:
+    """The links and actors that a scene binds, sorted, and whether it holds anything fixed. Reads no cloud."""
+    declared = _read(folder / "scene.yaml")[1].values()
+    links, actors = (sorted({s.body for s in declared if s.kind == kind}) for kind in ("link", "actor"))
+    return links, actors, any(s.kind == "fixed" for s in declared)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Segment]]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    _check_keys(data, "scene", str(path))
+    if data.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {data.get('format')!r}, this version reads {FORMAT!r}")
+    entries = _items(data, "segments", path)
+    return data, {name: _segment(name, entry, f"{path}: segments.{name}") for name, entry in entries}
 
 
 def _cloud(entry: Any, folder: Path, where: str) -> GaussianCloud:

@@ -3,6 +3,7 @@
 The Panda of ManiSkill and the FR3 share one kinematic chain up to joint limits, so a TCP target means the same in both.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +65,11 @@ class TargetDeltaPoseController(PDJointPosController):
     """Six numbers of the contract's action, counted from the last commanded target (`bridge.pose.integrate`).
 
     As on the arm, the target moves evenly over the policy period instead of jumping. One scene at a time (CPU physics).
-    `T_base_target` [4, 4] is the commanded TCP pose.
+    `T_base_target` [4, 4] is the commanded TCP pose; the joints follow `delay_steps` physics steps late.
     """
 
     config: "TargetDeltaPoseControllerConfig"
+    delay_steps = 0
 
     def _initialize_joints(self):
         super()._initialize_joints()
@@ -88,8 +90,8 @@ class TargetDeltaPoseController(PDJointPosController):
         """Take joint angles [7] as what was commanded last."""
         self.q_target = np.array(q, dtype=np.float64)
         self.T_base_target = self.kinematics.forward(self.q_target)
-        self._q_path, self._path_step = self.q_target[None], 0
-        self.before_simulation_step()
+        self._path = deque([self.q_target.tolist()] * self.delay_steps)
+        self._drive(self.q_target.tolist())
 
     def set_action(self, action: torch.Tensor):
         self.move_target(action[0].cpu().numpy())
@@ -108,13 +110,15 @@ class TargetDeltaPoseController(PDJointPosController):
             change = q_next - q_start
             self.q_target = q_start + change / max(1.0, np.abs(change).max() / MAX_JOINT_STEP_RAD)
         share = np.arange(1, self._sim_steps + 1)[:, None] / self._sim_steps
-        self._q_path, self._path_step = q_start + share * (self.q_target - q_start), 0
+        self._path.extend((q_start + share * (self.q_target - q_start)).tolist())
 
     def before_simulation_step(self):
-        row = self._q_path[min(self._path_step, len(self._q_path) - 1)].tolist()
-        for set_drive_target, angle in zip(self._drives, row, strict=True):
+        if self._path:
+            self._drive(self._path.popleft())
+
+    def _drive(self, q: list[float]) -> None:
+        for set_drive_target, angle in zip(self._drives, q, strict=True):
             set_drive_target(angle)
-        self._path_step += 1
 
     def get_state(self) -> dict:
         return {}
@@ -133,6 +137,7 @@ class GripperController(PDJointPosController):
     """One number in [-1, 1] to both fingers: -1 closed, +1 open, linear in opening, at the hand's own speed."""
 
     config: "GripperControllerConfig"
+    delay_steps = 0
 
     def _initialize_action_space(self):
         self.single_action_space = spaces.Box(np.float32([-1.0]), np.float32([1.0]), dtype=np.float32)
@@ -148,6 +153,8 @@ class GripperController(PDJointPosController):
 
     def hold(self, finger_m: float) -> None:
         self._finger_goal_m = self._finger_m = finger_m
+        self._late: deque[tuple[int, float]] = deque()  # physics steps to wait, and then the goal
+        self._waited = 0
         self._drive()
 
     def set_action(self, action: torch.Tensor):
@@ -155,9 +162,13 @@ class GripperController(PDJointPosController):
 
     def command(self, value: float) -> None:
         share = 0.5 * (min(max(value, -1.0), 1.0) + 1.0)
-        self._finger_goal_m = 0.5 * (self.config.closed_m + share * (self.config.open_m - self.config.closed_m))
+        goal_m = 0.5 * (self.config.closed_m + share * (self.config.open_m - self.config.closed_m))
+        self._late.append((self._waited + self.delay_steps, goal_m))
 
     def before_simulation_step(self):
+        if self._late and self._late[0][0] <= self._waited:
+            self._finger_goal_m = self._late.popleft()[1]
+        self._waited += 1
         to_go_m = self._finger_goal_m - self._finger_m
         if to_go_m:
             self._finger_m += min(max(to_go_m, -self._finger_step_m), self._finger_step_m)
@@ -239,7 +250,7 @@ def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -
                 visual = sapien.render.RenderShapeBox(shape.half_size, material)
             else:
                 vertices = np.asarray(shape.vertices) * np.asarray(shape.scale)
-                corners, normals = _flat_shaded(vertices, np.asarray(shape.triangles))
+                corners, normals = flat_shaded(vertices, np.asarray(shape.triangles))
                 faces = np.arange(len(corners), dtype=np.uint32).reshape(-1, 3)
                 visual = sapien.render.RenderShapeTriangleMesh(
                     corners, faces, normals, np.zeros((len(corners), 2), np.float32), material
@@ -249,7 +260,7 @@ def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -
         link.entity.add_component(body)
 
 
-def _flat_shaded(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def flat_shaded(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A triangle soup with one outward normal a face: corners and normals, float32 [3 * triangles, 3]."""
     corners = vertices[triangles]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])

@@ -1,10 +1,23 @@
 """What a twin is made of. Lengths in m, in the robot's base frame; colours are RGB in [0, 1]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-TASKS = ("PutCubeOnPlate-v0",)
+from sim.splat.config import SplatConfig
+
+TASKS = ("PutCubeOnPlate-v0", "PickPlaceTwin-v1")
+RENDER = ("sapien", "splat", "composite")
 SUCCESS = ("stable", "legacy")
 REWARDS = ("sparse", "dense")
+CHOICES = {
+    "task": TASKS,
+    "success": SUCCESS,
+    "reward": REWARDS,
+    "render": RENDER,
+    "objects": ("builtin", "external"),
+    "split": ("train", "held_out"),
+    "receptacle": ("tray", "bowl", "either"),
+}
 
 
 @dataclass
@@ -15,6 +28,8 @@ class Randomization:
     colour: float = 0.08  # of table, plate and arm, each channel
     camera_pos_m: float = 0.004
     camera_rot_rad: float = 0.006
+    friction: float = 0.0  # share of the nominal
+    latency_s: float = 0.0  # upper end of what is added to the nominal, from 0
 
 
 @dataclass
@@ -34,6 +49,7 @@ class TwinConfig:
     gripper_force: float = 60.0  # N, of each finger
     gripper_speed_m_s: float = 0.1  # of the opening
     friction: float = 1.0
+    latency_s: float = 0.0  # from an action to the first motion of arm and fingers
     cube_half_size_m: float = 0.02
     cube_center_m: list[float] = field(default_factory=lambda: [0.40, 0.20])
     cube_range_m: list[float] = field(default_factory=lambda: [0.10, 0.05])
@@ -48,11 +64,21 @@ class TwinConfig:
     plate_colour: list[float] = field(default_factory=lambda: [0.92, 0.92, 0.88])
     arm_colour: list[float] = field(default_factory=lambda: [0.85, 0.86, 0.88])
     randomization: Randomization = field(default_factory=Randomization)
+    render: str = "sapien"  # or splat; or composite: bodies that the splat scene lacks by SAPIEN, the nearer wins
+    splat: SplatConfig = field(default_factory=SplatConfig)
+    gs_kwargs: dict[str, Any] = field(default_factory=dict)  # GSEnv's names for the keys of `splat`, over these
+    objects: str = "builtin"  # of PickPlaceTwin-v1; or external: $MANISKILL_ASSET_DIR/pick_place
+    split: str = "train"  # or held_out
+    receptacle: str = "tray"  # or bowl, or either: drawn for each episode
 
     def __post_init__(self):
-        for key, allowed in (("task", TASKS), ("success", SUCCESS), ("reward", REWARDS)):
+        for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} {getattr(self, key)!r}: allowed are {', '.join(allowed)}")
         for key in ("max_steps", "picture_width", "picture_height", "supersampling"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} {getattr(self, key)}: allowed are 1 and more")
+        if self.render != "sapien" and not self.splat.scene:
+            raise ValueError(f"render {self.render!r} needs a scene folder: splat.scene=FOLDER (cotwin splat-scene)")
+        self.splat = self.splat if not self.gs_kwargs else SplatConfig.from_gs_kwargs(self.splat.scene, self.gs_kwargs)
+        self.gs_kwargs = {}

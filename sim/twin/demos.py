@@ -159,7 +159,7 @@ def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) ->
     steps = 0
     while not twin.ended:
         facts = twin.facts
-        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.cube_pos_m, facts.plate_pos_m)
+        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.object_pos_m, facts.goal_pos_m)
         row = {
             "observation.state": twin.state,
             "action": action,

@@ -13,12 +13,14 @@ FOLDER = str(Path(__file__).parent / "shaders")
 
 
 def light_shader() -> ShaderConfig:
-    """For `CameraConfig(shader_config=...)`. Pictures are "Color", uint8 RGBA.
+    """For `CameraConfig(shader_config=...)`. Pictures are "Color", uint8 RGBA, and "Distance", float32: the depth along
+    the optical axis in m, 0 where nothing is.
 
     Picture formats are global to the process and must be known before the first camera is made.
     """
     for name in ("Color", "ColorRaw"):
         sapien.render.set_picture_format(name, "r8g8b8a8unorm")
+    sapien.render.set_picture_format("Distance", "r32sfloat")
     return ShaderConfig(
         shader_pack=FOLDER,
         texture_names={"Color": ["rgb"]},

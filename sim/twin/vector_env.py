@@ -8,14 +8,18 @@ looks. Pictures come back through shared memory.
     result = env.step_chunk(actions)              # float32 [8, C, 7]
 
 Each environment draws the seeds of its next episodes from its own stream, so what an environment sees does not depend
-on how many workers share the work.
+on how many workers share the work. With `group_size` G each G consecutive environments have one stream and so the same
+start states: `reset()` begins the same episode in all of a group, as GRPO compares them.
+
+With `render: splat` or `composite` the workers send poses (and SAPIEN's part) and this process draws all environments
+in one call on the renderer's device, while the workers may be at another group's chunk.
 """
 
 import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -24,6 +28,7 @@ import numpy as np
 from bridge.embodiment import Embodiment
 from bridge.pose import ACTION_DIM
 from sim.twin.config import TwinConfig
+from sim.twin.splat_pictures import SplatPictures
 from sim.twin.worker import Setup, Twin, Worker, start
 
 __all__ = ["ChunkResult", "Twin", "TwinObservation", "TwinVectorEnv"]
@@ -78,7 +83,8 @@ class _Request:
 
 
 class TwinVectorEnv:
-    """num_workers=0 runs everything in this process. Raises ValueError for counts that do not fit."""
+    """num_workers=0 runs everything in this process. Raises ValueError for counts that do not fit, and what the splat
+    scene's folder is wrong about."""
 
     def __init__(
         self,
@@ -90,36 +96,58 @@ class TwinVectorEnv:
         *,
         auto_reset: bool = True,
         render: bool = True,
+        group_size: int = 1,
     ):
+        if group_size < 1 or num_envs % group_size:
+            raise ValueError(f"group_size {group_size}: num_envs {num_envs} must be a multiple of it")
         if num_envs < 1 or not 0 <= num_workers <= num_envs:
             raise ValueError(f"num_envs {num_envs}, num_workers {num_workers}: need 1 <= num_envs, workers <= envs")
         self.config, self.embodiment, self.num_envs = config, embodiment, num_envs
         self.instruction = embodiment.instructions[0] if embodiment.instructions else ""
-        cameras = sorted(embodiment.cameras) if render else []
+        self._group_size = group_size
+        self._splats = SplatPictures(config, embodiment) if render and config.render != "sapien" else None
+        cameras = sorted(embodiment.cameras) if render and self._splats is None else []
         shares = np.array_split(np.arange(num_envs), max(num_workers, 1))
         shape = (2, num_envs, config.picture_height, config.picture_width, 3)
         self._memory = {name: SharedMemory(create=True, size=int(np.prod(shape))) for name in cameras}
         self._pictures = {name: np.ndarray(shape, np.uint8, memory.buf) for name, memory in self._memory.items()}
         names = {name: memory.name for name, memory in self._memory.items()}
         self._setups = [
-            Setup(config, embodiment, tuple(map(int, share)), num_envs, seed, auto_reset, render, names)
+            Setup(
+                config,
+                embodiment,
+                env_ids=tuple(map(int, share)),
+                num_envs=num_envs,
+                seed=seed,
+                group_size=group_size,
+                begun=(0,) * len(share),
+                auto_reset=auto_reset,
+                render=render,
+                memory=names,
+            )
             for share in shares
         ]
+        self._episodes = np.full(num_envs, -1)  # of its stream, that an environment is in
         self._requests: deque[_Request] = deque()
         self._local = Worker(self._setups[0]) if num_workers == 0 else None
         self._incarnations = [0] * num_workers
-        self._workers = [start(setup, 0) for setup in self._setups] if num_workers else []
+        self._workers = [start(setup) for setup in self._setups] if num_workers else []
         self._fresh: list[Answers] = [{} for _ in self._setups]  # first observations after a worker was replaced
 
     def reset(self, seeds: Sequence[int] | None = None, env_ids: Sequence[int] | None = None) -> TwinObservation:
-        """Begin episodes of the given seeds (None: the next of each environment's own stream)."""
+        """Begin episodes of the given seeds, one for each environment (None: the next of their streams)."""
         ids = self._ids(env_ids)
         if seeds is not None and len(seeds) != len(ids):
             raise ValueError(f"{len(seeds)} seeds for {len(ids)} environments: one for each is needed")
-        seeds_of = [None] * len(ids) if seeds is None else [int(seed) for seed in seeds]
-        request = self._ask("reset", ids, seeds_of)
+        if seeds is None:
+            groups = np.array(ids) // self._group_size
+            newest = {group: max(self._episodes[np.array(ids)[groups == group]]) for group in groups}
+            starts = [(None, int(newest[group]) + 1) for group in groups]
+        else:
+            starts = [(int(seed), None) for seed in seeds]
+        request = self._ask("reset", ids, starts)
         self._complete(request)
-        return self._observation(request)
+        return self._observations(request)[0]
 
     def step_chunk(self, actions: np.ndarray, env_ids: Sequence[int] | None = None) -> ChunkResult:
         """float32 [n, C, 7], actions in the contract's units (clipped to its step limits by the controller)."""
@@ -149,14 +177,15 @@ class TwinVectorEnv:
         self._complete(request)
         rows = [request.answers[env] for env in request.ids]
         keys = ("reward", "terminated", "truncated", "valid", "success", "episode_len", "seeds", "lost")
+        now, last = self._observations(request)
         return ChunkResult(
-            observation=self._observation(request),
-            final_observation=self._observation(request, final=True),
+            observation=now,
+            final_observation=last,
             **{key: np.stack([np.asarray(row[key]) for row in rows]) for key in keys},
         )
 
     def info_poses(self, env_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """Privileged truth of each environment: `sim.twin.put_cube.Facts` as a dict."""
+        """Privileged truth of each environment: `sim.twin.scene.Facts` as a dict."""
         request = self._ask("poses", self._ids(env_ids), None)
         self._complete(request)
         return [request.answers[env] for env in request.ids]
@@ -169,7 +198,8 @@ class TwinVectorEnv:
         """The watched environment's pictures since the last call, uint8 [H, W, 3] of the first camera by name."""
         request = self._ask("frames_since", [env_id], None)
         self._complete(request)
-        return request.answers[env_id].get("frames", [])
+        frames = request.answers[env_id].get("frames", [])
+        return frames if self._splats is None or not frames else list(next(iter(self._splats.draw(frames).values())))
 
     def close(self) -> None:
         for process, pipe in self._workers:
@@ -228,6 +258,8 @@ class TwinVectorEnv:
                 log.error("twin worker %d died; the episodes of environments %s are dropped", worker, envs)
                 self._replace(worker)
             request.answers |= {env: _lost(request.num_actions) | self._fresh[worker][env] for env in envs}
+        for env, answer in request.answers.items():
+            self._episodes[env] = answer.get("episode", self._episodes[env])
 
     def _answer(self, worker: int) -> Answers | None:
         """None when the worker is dead or silent."""
@@ -249,18 +281,30 @@ class TwinVectorEnv:
         process.join()
         pipe.close()
         self._incarnations[worker] += 1
-        setup = self._setups[worker]
-        self._workers[worker] = start(setup, self._incarnations[worker])
-        envs = list(setup.env_ids)
-        self._workers[worker][1].send(("reset", envs, [None] * len(envs)))
+        envs = list(self._setups[worker].env_ids)
+        setup = replace(self._setups[worker], begun=tuple(int(n) + 1 for n in self._episodes[envs]))
+        self._workers[worker] = start(setup)
+        self._workers[worker][1].send(("reset", envs, [(None, None)] * len(envs)))
         fresh = self._answer(worker)
         if fresh is None:
             raise RuntimeError(f"twin worker {worker} died twice in a row; its own error output says why")
         self._fresh[worker] = fresh
 
-    def _observation(self, request: _Request, final: bool = False) -> TwinObservation:
-        state = np.stack([request.answers[env]["final_state" if final else "state"] for env in request.ids])
-        return TwinObservation({n: pictures[int(final)][request.ids] for n, pictures in self._pictures.items()}, state)
+    def _observations(self, request: _Request) -> tuple[TwinObservation, TwinObservation]:
+        """What is seen now, and the last of the episodes that the request belonged to."""
+        answers = [request.answers[env] for env in request.ids]
+        if self._splats is None:
+            now, last = ({n: p[which][request.ids] for n, p in self._pictures.items()} for which in (0, 1))
+        else:
+            over = [row for row, answer in enumerate(answers) if answer["final_view"] is not answer["view"]]
+            views = [answer["view"] for answer in answers] + [answers[row]["final_view"] for row in over]
+            drawn = self._splats.draw(views)
+            now = {name: pictures[: len(answers)] for name, pictures in drawn.items()}
+            last = {name: pictures.copy() for name, pictures in now.items()}
+            for name, pictures in last.items():
+                pictures[over] = drawn[name][len(answers) :]
+        states = (np.stack([answer[key] for answer in answers]) for key in ("state", "final_state"))
+        return TwinObservation(now, next(states)), TwinObservation(last, next(states))
 
 
 def _lost(num_actions: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ layout(set = 3, binding = 6) uniform sampler2D samplerTexturedLightTextures[1];
 layout(location = 0) in vec3 inNormal;
 
 layout(location = 0) out vec4 outColorRaw;
+layout(location = 1) out vec4 outDistance;
 
 void main() {
   vec3 normal = normalize(inNormal);
@@ -65,4 +66,5 @@ void main() {
     light += lambert / 3.14159265 * sceneBuffer.directionalLights[i].emission.rgb;
   }
   outColorRaw = vec4(clamp(pow(light * materialBuffer.baseColor.rgb, vec3(1 / 2.2)), 0, 1), 1);
+  outDistance = vec4(1 / gl_FragCoord.w, 0, 0, 1);
 }

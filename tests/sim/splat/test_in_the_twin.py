@@ -37,7 +37,7 @@ def test_cube_and_plate_are_where_sapien_draws_them(tmp_path):
     write(tmp_path, cloud, bodies, [0, 0, 1])
     splat = SplatRenderer(SplatConfig(str(tmp_path), device="cpu"))
     links = {name: link.pose.to_transformation_matrix() for name, link in env.agent.robot.links_map.items()}
-    actors = {name: getattr(env, name).pose.to_transformation_matrix() for name in ("cube", "plate")}
+    actors = {name: env.scene.actors[name].pose.to_transformation_matrix() for name in ("cube", "plate")}
     env.close()
     cameras, _ = contract_cameras(EMBODIMENT.cameras, 160, 120, links["panda_hand_tcp"])
     names = splat.scene.cloud.segment_names

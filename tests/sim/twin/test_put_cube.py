@@ -16,7 +16,7 @@ def play_expert(twin: Twin, seed: int) -> list[np.ndarray]:
     states = [physics_state(twin)]
     while not twin.ended:
         facts = twin.facts
-        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.cube_pos_m, facts.plate_pos_m)
+        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.object_pos_m, facts.goal_pos_m)
         twin.step(action)
         states.append(physics_state(twin))
     return states
@@ -27,8 +27,8 @@ def physics_state(twin: Twin) -> np.ndarray:
 
 
 def put_cube_at(twin: Twin, pos_m) -> None:
-    twin.env._cube_body.entity_pose = pose_of(pos_m)
-    twin.env._cube_body.linear_velocity = twin.env._cube_body.angular_velocity = np.zeros(3, np.float32)
+    twin.env._object_body.entity_pose = pose_of(pos_m)
+    twin.env._object_body.linear_velocity = twin.env._object_body.angular_velocity = np.zeros(3, np.float32)
 
 
 def is_red(picture: np.ndarray) -> np.ndarray:
@@ -146,8 +146,8 @@ def test_placements_lie_in_their_rectangles_and_apart(twin):
     cubes, plates = [], []
     for seed in range(40):
         twin.reset(seed)
-        cubes.append(twin.facts.cube_pos_m)
-        plates.append(twin.facts.plate_pos_m)
+        cubes.append(twin.facts.object_pos_m)
+        plates.append(twin.facts.goal_pos_m)
     cubes, plates = np.array(cubes), np.array(plates)
     assert (np.abs(cubes[:, :2] - [0.40, 0.20]) <= [0.1001, 0.0501]).all()
     assert (np.abs(plates[:, :2] - [0.45, 0.0]) <= [0.0501, 0.0301]).all()
@@ -169,8 +169,8 @@ def test_placements_lie_in_their_rectangles_and_apart(twin):
 )
 def test_success_predicates(twin, offset_m, stable, legacy):
     twin.reset(0)
-    cube = twin.facts.plate_pos_m + offset_m
-    plate_centre = twin.facts.plate_pos_m - [0, 0, twin.config.plate_height_m / 2]
+    cube = twin.facts.goal_pos_m + offset_m
+    plate_centre = twin.facts.goal_pos_m - [0, 0, twin.config.plate_height_m / 2]
     put_cube_at(twin, cube)
     assert twin.env.stable_success(cube, plate_centre) is stable
     assert twin.env.legacy_success(cube, plate_centre) is legacy
@@ -178,10 +178,10 @@ def test_success_predicates(twin, offset_m, stable, legacy):
 
 def test_a_moving_cube_is_no_stable_success(twin):
     twin.reset(0)
-    cube = twin.facts.plate_pos_m + [0, 0, 0.02]
+    cube = twin.facts.goal_pos_m + [0, 0, 0.02]
     put_cube_at(twin, cube)
-    twin.env._cube_body.linear_velocity = np.array([0.1, 0.0, 0.0], np.float32)
-    assert not twin.env.stable_success(cube, twin.facts.plate_pos_m - [0, 0, 0.005])
+    twin.env._object_body.linear_velocity = np.array([0.1, 0.0, 0.0], np.float32)
+    assert not twin.env.stable_success(cube, twin.facts.goal_pos_m - [0, 0, 0.005])
 
 
 def test_a_cube_held_on_the_plate_counts_only_when_released(twin):
@@ -191,12 +191,12 @@ def test_a_cube_held_on_the_plate_counts_only_when_released(twin):
     held_legacy = False
     while not twin.ended:
         facts = twin.facts
-        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.cube_pos_m, facts.plate_pos_m)
+        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.object_pos_m, facts.goal_pos_m)
         twin.step(action)
-        plate_centre = twin.facts.plate_pos_m - [0, 0, twin.config.plate_height_m / 2]
+        plate_centre = twin.facts.goal_pos_m - [0, 0, twin.config.plate_height_m / 2]
         if expert.phase in ("carry", "lower", "rest"):
             assert not twin.facts.success
-            held_legacy |= twin.env.legacy_success(twin.facts.cube_pos_m, plate_centre)
+            held_legacy |= twin.env.legacy_success(twin.facts.object_pos_m, plate_centre)
     assert held_legacy
     assert twin.facts.success
 
@@ -215,7 +215,7 @@ def test_stock_gym_interface_gives_the_same_states(twin):
         assert np.allclose(physics_state(twin), expected, atol=1e-4)  # torch rounds the action to float32
         assert float(reward[0]) == 0.0
         assert not bool(terminated[0])
-    assert set(info) >= {"success", "reached", "grasped", "lifted", "over_plate"}
+    assert set(info) >= {"success", "reached", "grasped", "lifted", "over_goal"}
 
 
 def test_dense_reward_grows_with_progress(twin):
@@ -224,7 +224,7 @@ def test_dense_reward_grows_with_progress(twin):
     at_phase = {}
     while not twin.ended:
         facts = twin.facts
-        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.cube_pos_m, facts.plate_pos_m)
+        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.object_pos_m, facts.goal_pos_m)
         twin.step(action)
         at_phase[expert.phase] = twin.env.dense_reward(twin.facts)
     assert at_phase["approach"] < at_phase["descend"] < at_phase["lift"] < at_phase["lower"] < 1.0
@@ -234,7 +234,7 @@ def test_dense_reward_grows_with_progress(twin):
 def test_pictures_show_the_cube_where_the_contract_projects_it(twin, embodiment):
     for seed in range(4):
         twin.reset(seed)
-        cube = twin.facts.cube_pos_m
+        cube = twin.facts.object_pos_m
         picture = twin.pictures()["third_person"].astype(int)
         assert picture.shape == (twin.config.picture_height, twin.config.picture_width, 3)
         red = is_red(picture)
@@ -251,12 +251,12 @@ def test_pictures_show_the_cube_where_the_contract_projects_it(twin, embodiment)
 def test_wrist_camera_moves_with_the_hand(twin, embodiment):
     twin.reset(0)
     for _ in range(25):  # above the cube
-        to_go = twin.facts.cube_pos_m + [0, 0, 0.12] - twin.facts.T_base_target[:3, 3]
+        to_go = twin.facts.object_pos_m + [0, 0, 0.12] - twin.facts.T_base_target[:3, 3]
         twin.step(np.array([*np.clip(to_go, -0.03, 0.03), 0, 0, 0, 1.0]))
     picture = twin.pictures()["wrist"].astype(int)
     red = is_red(picture)
     camera = embodiment.cameras["wrist"]
-    in_camera = np.linalg.inv(twin.facts.T_base_tcp @ camera.matrix) @ np.append(twin.facts.cube_pos_m, 1.0)
+    in_camera = np.linalg.inv(twin.facts.T_base_tcp @ camera.matrix) @ np.append(twin.facts.object_pos_m, 1.0)
     uv = (camera.intrinsics @ in_camera[:3])[:2] / in_camera[2]
     scale = np.array([twin.config.picture_width / camera.width, twin.config.picture_height / camera.height])
     rows, columns = np.nonzero(red)

@@ -20,7 +20,7 @@ def expert_chunks(env: TwinVectorEnv, seeds, num_chunks: int) -> np.ndarray:
     for _ in range(num_chunks * CHUNK):
         actions = np.stack(
             [
-                e.act(p["T_base_target"], p["gripper_opening_m"], p["cube_pos_m"], p["plate_pos_m"])
+                e.act(p["T_base_target"], p["gripper_opening_m"], p["object_pos_m"], p["goal_pos_m"])
                 for e, p in zip(experts, env.info_poses(), strict=True)
             ]
         )
