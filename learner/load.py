@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,7 +16,10 @@ from learner.policy import Policy
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 # `type` in a bundle's config.json -> module with `from_bundle(folder, embodiment, device) -> Policy`.
-TYPES = {"small": "learner.small_bundle", "pi0": "learner.pi0.bundle", "pi05": "learner.pi0.bundle"}
+# `_lora`: with adapters beside the weights, which LeRobot must not open without them.
+TYPES = {"small": "learner.small_bundle"} | dict.fromkeys(
+    ("pi0", "pi05", "pi0_lora", "pi05_lora"), "learner.pi0.bundle"
+)
 
 # Where a policy class is defined -> module with `bundle_files(policy) -> dict[str, bytes]`.
 WRITERS = {"learner.small_policy": "learner.small_bundle", "learner.pi0.policy": "learner.pi0.bundle"}
@@ -45,13 +49,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    require_fit(module, tensors, str(path))
+    require_fit(module.state_dict(), tensors, f"{path} does not fit {type(module).__name__}")
     module.load_state_dict(tensors)
 
 
-def require_fit(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+def require_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problem: str) -> None:
     """Raises one ValueError with every missing, unexpected and misshapen key."""
-    wanted = module.state_dict()
     problems = [f"missing {key}" for key in sorted(wanted.keys() - tensors.keys())]
     problems += [f"unexpected {key}" for key in sorted(tensors.keys() - wanted.keys())]
     problems += [
@@ -60,4 +63,4 @@ def require_fit(module: nn.Module, tensors: dict[str, Tensor], source: str) -> N
         if tensors[key].shape != wanted[key].shape
     ]
     if problems:
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems)}")
+        raise ValueError(f"{problem}: {'; '.join(problems)}")

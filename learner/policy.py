@@ -73,7 +73,11 @@ class Policy(Protocol):
     embodiment: Any  # bridge.embodiment.Embodiment
     horizon: int
     num_action_chunks: int
-    picture_size: tuple[int, int]  # height, width that demonstrations' pictures are kept at
+    pads_pictures: bool  # demonstrations' pictures are padded to `picture_size`, undistorted; else resized
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """height, width that demonstrations' pictures are kept at"""
 
     def prepare(self, observation: ObservationBatch) -> Any:
         """Raw observations to model inputs on the policy's device. The result is indexable with a LongTensor of batch
@@ -96,3 +100,6 @@ class Policy(Protocol):
 
     def sft_loss(self, batch: SftBatch, generator: torch.Generator | None = None) -> Tensor:
         """Scalar flow-matching loss over real action dims, padding masked."""
+
+    def sft_terms(self, batch: SftBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """`loss`, which is `sft_loss`, and by name what it is made of, if of several."""

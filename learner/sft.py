@@ -1,4 +1,5 @@
-"""Stage I: supervised training from scratch on demonstrations of the robot (or its stand-in) and of the twin.
+"""Stage I: supervised training on demonstrations of the robot (or its stand-in) and of the twin: of the small policy
+from scratch, of pi0 and pi0.5 (`policy=pi05`) from a released checkpoint.
 
 L = alpha L_sim + (1 - alpha) L_real, as shares of every batch. Ends after `steps` or `max_seconds`, whichever is first;
 the learning rate's schedule follows the same budget. An interrupted run goes on exactly where its last saved state
@@ -7,6 +8,7 @@ was. Leaves a checkpoint bundle of the averaged (EMA) weights.
 
 import contextlib
 import copy
+import importlib
 import json
 import math
 import signal
@@ -29,8 +31,9 @@ from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
 from bridge.run_files import write_stage
 from learner.demo_dataset import DataConfig, Mixture, Part, open_parts
+from learner.load import bundle_files
 from learner.normalization import weighted_quantiles
-from learner.small_bundle import bundle_files
+from learner.policy import Policy
 from learner.small_policy import SmallPolicy, SmallPolicyConfig, Statistics
 
 
@@ -65,6 +68,7 @@ class SftConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     policy: SmallPolicyConfig = field(default_factory=SmallPolicyConfig)
     embodiment: Embodiment = field(default_factory=Embodiment)
+    device: str = "cpu"
 
     def __post_init__(self):
         if self.steps <= 0 and self.max_seconds <= 0:
@@ -74,6 +78,10 @@ class SftConfig:
     def run(self) -> Path:
         return Path(self.runs_dir) / self.name
 
+    def new_policy(self, statistics: Statistics) -> Policy:
+        """What training starts from."""
+        return SmallPolicy(self.policy, self.embodiment, statistics).to(self.device)
+
 
 class SftTrainer:
     """One step at a time, and all that it takes to continue: `state_dict` after n steps and n more steps here give
@@ -82,15 +90,17 @@ class SftTrainer:
     def __init__(self, config: SftConfig, parts: list[Part]):
         self.config = config
         torch.manual_seed(config.seed)
-        self.policy = SmallPolicy(config.policy, config.embodiment, measure(parts))
+        self.policy: Any = config.new_policy(measure(parts))
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.mixture = Mixture(parts, config.batch_size, config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
-        decayed = [p for p in self.policy.parameters() if p.ndim >= 2]
-        others = [p for p in self.policy.parameters() if p.ndim < 2]
+        decayed = [p for p in self.trained if p.ndim >= 2]
+        others = [p for p in self.trained if p.ndim < 2]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         o = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, fused=True)
-        self.averaged = copy.deepcopy(self.policy)
+        # Frozen weights are shared: an average of one value needs no memory of its own.
+        self.averaged = copy.deepcopy(self.policy, {id(p): p for p in self.policy.parameters() if not p.requires_grad})
         self.step, self.elapsed_s = 0, 0.0
 
     @property
@@ -111,21 +121,22 @@ class SftTrainer:
         lr = o.lr * min(1.0, (self.step + 1) / o.warmup_steps) * (o.final_lr_share + (1 - o.final_lr_share) * cosine)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        flow_loss, goal_loss = self.policy.sft_terms(next(self.mixture), self.generator)
-        loss = flow_loss + self.config.policy.goal_weight * goal_loss
+        terms = self.policy.sft_terms(next(self.mixture), self.generator)
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), o.clip_grad)
+        terms["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, o.clip_grad)
         if not torch.isfinite(norm):
-            raise ValueError(f"step {self.step}: loss {loss.item()}, gradient norm {norm.item()}; lower optimizer.lr")
+            raise ValueError(
+                f"step {self.step}: loss {terms['loss'].item()}, gradient norm {norm.item()}; lower optimizer.lr"
+            )
         self.optimizer.step()
         self.step += 1
         decay = min(o.ema_decay, self.step / (self.step + 9))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.policy.parameters()), 1 - decay)
+            averaged = [p for p in self.averaged.parameters() if p.requires_grad]
+            torch._foreach_lerp_(averaged, self.trained, 1 - decay)
         self.elapsed_s += time.monotonic() - started_s
-        terms = {"loss": loss, "flow_loss": flow_loss, "goal_loss": goal_loss, "grad_norm": norm}
-        return {name: value.item() for name, value in terms.items()} | {"lr": lr}
+        return {name: value.item() for name, value in terms.items()} | {"grad_norm": norm.item(), "lr": lr}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -172,8 +183,16 @@ def default_data(data: DataConfig, run: Path) -> DataConfig:
     return DataConfig(**(asdict(data) | found))
 
 
+def schema(argv: list[str]) -> type[SftConfig]:
+    """The stage's keys; `policy=pi0...` (a file of configs/policy) brings its own."""
+    choices = [text.removeprefix("policy=") for text in argv if text.startswith("policy=")]
+    if not choices or not choices[-1].startswith("pi0"):
+        return SftConfig
+    return importlib.import_module("learner.pi0.stage").Pi0SftConfig
+
+
 def main(argv: list[str]) -> int:
-    config = command_line("sft", SftConfig, argv, __doc__)
+    config = command_line("sft", schema(argv), argv, __doc__)
     torch.set_num_threads(config.threads)
     try:
         figures = train(config)
@@ -191,8 +210,8 @@ def train(config: SftConfig) -> dict[str, Any]:
     """The whole stage; returns its figures. KeyboardInterrupt and SIGTERM save the state first."""
     started_s = time.monotonic()
     data = default_data(config.data, config.run)
-    size = (config.policy.image_height, config.policy.image_width)
-    parts = open_parts(data, config.embodiment, config.policy.horizon, size)
+    policy = config.policy
+    parts = open_parts(data, config.embodiment, policy.horizon, policy.picture_size, policy.pads_pictures)
     trainer = SftTrainer(config, parts)
     state_file = config.run / "training" / f"{config.stage}.pt"
     if config.resume and state_file.exists():

@@ -56,6 +56,12 @@ class SmallPolicyConfig:
     shift_px: int = 1  # random shift of demonstrations' pictures, at the policy's resolution
     state_noise: float = 0.01  # added to demonstrations' states, in normalised units
 
+    pads_pictures = False
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.image_height, self.image_width
+
     def __post_init__(self):
         if not 1 <= self.num_action_chunks <= self.horizon:
             raise ValueError(f"num_action_chunks {self.num_action_chunks}: allowed are 1 to horizon ({self.horizon})")
@@ -110,6 +116,8 @@ class Prefix:
 class SmallPolicy(nn.Module):
     """Implements learner.policy.Policy. Built by `learner.load` from a bundle or by Stage I from statistics."""
 
+    pads_pictures = SmallPolicyConfig.pads_pictures
+
     def __init__(self, config: SmallPolicyConfig, embodiment: Embodiment, statistics: Statistics):
         super().__init__()
         self.config, self.embodiment, self.statistics = config, embodiment, statistics
@@ -150,7 +158,7 @@ class SmallPolicy(nn.Module):
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        return self.config.image_height, self.config.image_width
+        return self.config.picture_size
 
     def set_noise_level(self, level: float) -> None:
         """Annealing (learner.flow.annealed_noise_level)."""
@@ -207,11 +215,11 @@ class SmallPolicy(nn.Module):
         return self._value(self._prefix(prepared))
 
     def sft_loss(self, batch: SftBatch, generator: torch.Generator | None = None) -> Tensor:
-        flow_loss, goal_loss = self.sft_terms(batch, generator)
-        return flow_loss + self.config.goal_weight * goal_loss
+        return self.sft_terms(batch, generator)["loss"]
 
-    def sft_terms(self, batch: SftBatch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Flow-matching error over real dims inside the episode, and the sub-goal's error (0 where none is known)."""
+    def sft_terms(self, batch: SftBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """The loss and what it is made of: the flow-matching error over real dims inside the episode, and the
+        sub-goal's error (0 where none is known)."""
         draws = self.config.noise_draws
         jitter = ColourJitter(self.config.jitter, self.config.shift_px, generator)
         inputs = self._model_inputs(batch.observation)
@@ -226,14 +234,16 @@ class SmallPolicy(nn.Module):
         is_pad = batch.is_pad.to(self.device).repeat_interleave(draws, 0)
         flow_loss = flow.masked_sft_loss(v, target, is_pad, ACTION_DIM)
         if batch.goal_m is None:
-            return flow_loss, torch.zeros_like(flow_loss)
+            return {"loss": flow_loss, "flow_loss": flow_loss, "goal_loss": torch.zeros_like(flow_loss)}
         goal_m = batch.goal_m.to(self.device)
         known = torch.isfinite(goal_m).all(-1, keepdim=True)
         away_m = torch.where(known, goal_m - batch.observation.state[:, :3].to(self.device), 0.0)
         # Scaled by distance: a centimetre matters at the cube and not across the table.
         tolerance_m = 0.02 + 0.2 * away_m.norm(dim=-1, keepdim=True)
         error = F.smooth_l1_loss(prefix.goal_m / tolerance_m, away_m / tolerance_m, reduction="none", beta=0.5)
-        return flow_loss, (error * known).sum() / (3 * known.sum()).clamp(min=1)
+        goal_loss = (error * known).sum() / (3 * known.sum()).clamp(min=1)
+        loss = flow_loss + self.config.goal_weight * goal_loss
+        return {"loss": loss, "flow_loss": flow_loss, "goal_loss": goal_loss}
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

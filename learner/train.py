@@ -143,7 +143,7 @@ def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
             raise ValueError(
                 f"algo.beta {config.algo.beta} needs demonstrations: {config.run}/data/stand_in is missing"
             )
-    parts = open_parts(data, policy.embodiment, policy.horizon, policy.picture_size)
+    parts = open_parts(data, policy.embodiment, policy.horizon, policy.picture_size, policy.pads_pictures)
     return Mixture(parts, config.algo.sft_batch_size, config.seed)
 
 

@@ -1,4 +1,4 @@
-"""The small policy's eyes: where things are, as numbers.
+"""Pictures at a policy's size, and the small policy's eyes: where things are, as numbers.
 
 A four-centimetre cube must be found to about a centimetre from some hundred demonstrations. A pooled feature vector has
 to learn that from examples; a spatial softmax has the answer built in: each channel becomes a heat map, and its
@@ -25,6 +25,25 @@ def area_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for index, picture in enumerate(pictures):
         cv2.resize(picture, (size[1], size[0]), dst=out[index], interpolation=cv2.INTER_AREA)
     return out
+
+
+def pad_resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """float [N, C, H, W] in [0, 1] -> [N, C, *size]: undistorted, bilinear, centred on black, as LeRobot's and
+    openpi-PyTorch's pi0."""
+    height, width = pictures.shape[2:]
+    if (height, width) == size:
+        return pictures
+    ratio = max(width / size[1], height / size[0])
+    rows, columns = int(height / ratio), int(width / ratio)
+    x = F.interpolate(pictures, size=(rows, columns), mode="bilinear", align_corners=False).clamp(0.0, 1.0)
+    top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+    return F.pad(x, (left, size[1] - columns - left, top, size[0] - rows - top))
+
+
+def padded_pictures(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`pad_resize` of uint8 [N, H, W, 3], rounded, as demonstrations are kept for a policy that pads."""
+    x = pad_resize(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0, size)
+    return (x * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 class KeypointEncoder(nn.Module):

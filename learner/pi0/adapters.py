@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
@@ -13,6 +13,7 @@ class LoraConfig:
     alpha: float | None = None  # None: equal to rank
     on_prefix: bool = True
     on_expert: bool = False
+    merge_on_save: bool = False  # write a plain policy, which LeRobot opens too, instead of one that trains on
 
     def __post_init__(self):
         if self.rank < 0:
@@ -46,3 +47,8 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
             ),
             getattr(model, part),
         )
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every adapter's parameters by name; empty without adapters."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}

@@ -1,8 +1,10 @@
 """pi0 and pi0.5 policies as files: folders that LeRobot opens too, and folders in openpi-PyTorch's layout.
 
 A policy folder holds LeRobot's own files (config.json, model.safetensors, pre- and postprocessor with the
-normalisation) and two of ours: policy.json, the whole `Pi0Config`, and heads.safetensors, the critic and the noise head
-(present if the policy has one). LoRA adapters are merged into model.safetensors; a reloaded policy starts fresh ones.
+normalisation) and of ours: policy.json, the whole `Pi0Config`; heads.safetensors, the critic and the noise head, and
+adapters.safetensors, LoRA's (each present if the policy has such). Weights below adapters are saved as they are, so
+that training goes on exactly; as LeRobot would run them without the adapters, config.json then names a type that it
+does not know. With `lora.merge_on_save` the adapters are merged in and the folder is a plain policy's.
 """
 
 import json
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from bridge.embodiment import Embodiment
 from learner.load import CONFIG, WEIGHTS, require_fit
+from learner.pi0.adapters import LoraConfig, adapter_weights
 from learner.pi0.config import ModelConfig, VisionConfig
 from learner.pi0.inputs import Tokenizer
 from learner.pi0.lerobot_files import policy_config, processor_files, read_processors
@@ -27,21 +30,24 @@ from learner.pi0.normalise import Normaliser
 from learner.pi0.policy import Pi0Config, Pi0Policy
 from learner.pi0.weights import load_released, to_released
 
-POLICY, HEADS = "policy.json", "heads.safetensors"
+POLICY, HEADS, ADAPTERS = "policy.json", "heads.safetensors", "adapters.safetensors"
 IMAGES = "observation.images."
 
 
 def bundle_files(policy: Pi0Policy) -> dict[str, bytes]:
     """For `bridge.checkpoint.write_bundle`. The language-model heads that no pi0 uses are not among the weights."""
-    weights = {f"model.{key}": value.cpu().contiguous() for key, value in to_released(policy.model).items()}
+    lora = policy.config.lora
+    merged = lora.merge_on_save or not lora.rank
+    released = to_released(policy.model, merged)
+    config = replace(policy.config, lora=LoraConfig()) if merged else policy.config
     files = {
-        CONFIG: json.dumps(policy_config(policy), indent=2).encode(),
-        WEIGHTS: save(weights, metadata={"format": "pt"}),
-        POLICY: json.dumps(asdict(policy.config), indent=2).encode(),
+        CONFIG: json.dumps(policy_config(policy) | {"type": _kind(config)}, indent=2).encode(),
+        WEIGHTS: save(_on_cpu({f"model.{key}": value for key, value in released.items()}), metadata={"format": "pt"}),
+        POLICY: json.dumps(asdict(config), indent=2).encode(),
         **processor_files(policy),
     }
-    heads = {key: value.detach().cpu().contiguous() for key, value in policy.heads().state_dict().items()}
-    return files | ({HEADS: save(heads)} if heads else {})
+    extra = {HEADS: policy.heads().state_dict(), ADAPTERS: {} if merged else adapter_weights(policy.model)}
+    return files | {name: save(_on_cpu(tensors)) for name, tensors in extra.items() if tensors}
 
 
 def from_bundle(folder: Path, embodiment: Embodiment, device: str = "cpu") -> Pi0Policy:
@@ -54,13 +60,28 @@ def from_bundle(folder: Path, embodiment: Embodiment, device: str = "cpu") -> Pi
         config = cast(Pi0Config, OmegaConf.to_object(merged))
     except (OSError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {error}") from error
-    policy = load_lerobot(folder, embodiment, config, device=device)
-    heads = policy.heads()
-    if heads.state_dict():
-        tensors = read_tensors(folder / HEADS)
-        require_fit(heads, tensors, str(folder / HEADS))
-        heads.load_state_dict(tensors)
-    return policy
+    _require_kind(folder, read_json(folder / CONFIG), _kind(config))
+    state, action, state_in_prompt = read_processors(folder)
+    config = replace(config, state_in_prompt=state_in_prompt)
+    policy = Pi0Policy(config, embodiment, state, action, device=device)
+    load_weights(policy, folder)
+    return policy.eval()
+
+
+def load_weights(policy: Pi0Policy, folder: Path, fresh: bool = False, allow: Iterable[str] = ()) -> None:
+    """A folder's network, critic, noise head and adapters into `policy`. With `fresh`, heads and adapters that the
+    folder has no file of keep their initial values (to fine-tune a released network); all else fits or is a
+    ValueError."""
+    load_released(policy.model, read_tensors(folder / WEIGHTS), allow, str(folder / WEIGHTS))
+    extra = {HEADS: policy.heads().state_dict(), ADAPTERS: adapter_weights(policy.model)}
+    for name, wanted in extra.items():
+        exists = (folder / name).exists()
+        if exists or (wanted and not fresh):
+            tensors = read_tensors(folder / name)
+            require_fit(wanted, tensors, f"{folder / name} does not fit this policy")
+            with torch.no_grad():
+                for key, value in wanted.items():
+                    value.copy_(tensors[key])
 
 
 def load_lerobot(
@@ -80,10 +101,7 @@ def load_lerobot(
     """
     saved = read_json(folder / CONFIG)
     config = config or config_from_lerobot(saved, folder / CONFIG)
-    if saved.get("type") != config.model.variant:
-        raise ValueError(
-            f"{folder / CONFIG} is a {saved.get('type')!r} checkpoint, the policy is {config.model.variant!r}"
-        )
+    _require_kind(folder, saved, config.model.variant)
     state, action, state_in_prompt = read_processors(folder)
     config = replace(config, state_in_prompt=state_in_prompt)
     return _build(folder, config, embodiment, state, action, tokenizer, allow, device)
@@ -100,6 +118,12 @@ def load_openpi(
 ) -> Pi0Policy:
     """A policy from an openpi-PyTorch folder: model.safetensors and one norm_stats.json below (of `asset_id`, where
     there are several). The layout says nothing about the network, so `config` does. Raises ValueError as above."""
+    state, action = openpi_normalisers(folder, config, asset_id)
+    return _build(folder, config, embodiment, state, action, tokenizer, allow, device)
+
+
+def openpi_normalisers(folder: Path, config: Pi0Config, asset_id: str | None = None) -> tuple[Normaliser, Normaliser]:
+    """State's and action's, from the folder's norm_stats.json."""
     found = sorted(
         p for p in folder.rglob("norm_stats.json") if asset_id is None or p.parent.as_posix().endswith(asset_id)
     )
@@ -118,8 +142,7 @@ def load_openpi(
             raise ValueError(f"{found[0]}: no {' and '.join(names)} of {key!r}: {error!r}") from error
         return Normaliser(mode, values, "openpi")
 
-    action = normaliser("actions", config.action_env_dim)
-    return _build(folder, config, embodiment, normaliser("state", None), action, tokenizer, allow, device)
+    return normaliser("state", None), normaliser("actions", config.action_env_dim)
 
 
 def config_from_lerobot(saved: dict[str, Any], path: Path) -> Pi0Config:
@@ -182,7 +205,20 @@ def _build(
         raise ValueError(
             f"{folder}: action statistics are {action.width}-D, the policy's action_env_dim is {config.action_env_dim}"
         )
-    tensors = read_tensors(folder / WEIGHTS)
     policy = Pi0Policy(config, embodiment, state, action, tokenizer, device)
-    load_released(policy.model, tensors, allow, str(folder / WEIGHTS))
+    load_released(policy.model, read_tensors(folder / WEIGHTS), allow, str(folder / WEIGHTS))
     return policy.eval()
+
+
+def _kind(config: Pi0Config) -> str:
+    """`type` in config.json: LeRobot's name of the variant, where LeRobot may open the folder."""
+    return config.model.variant + ("_lora" if config.lora.rank else "")
+
+
+def _require_kind(folder: Path, saved: dict[str, Any], kind: str) -> None:
+    if saved.get("type") != kind:
+        raise ValueError(f"{folder / CONFIG} is a {saved.get('type')!r} checkpoint, the policy is {kind!r}")
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learner.vision import pad_resize
+
 Tokenizer = Callable[..., Mapping[str, Tensor]]
 """tokenizer(texts, max_length=, padding="max_length", padding_side="right", truncation=True, return_tensors="pt") ->
 {"input_ids": int64 [B, max_length], "attention_mask": [B, max_length]}: any transformers tokenizer."""
@@ -35,14 +37,7 @@ def load_tokenizer(source: str | Path = PALIGEMMA) -> Tokenizer:
 def prepare_images(pictures: Tensor, size: int, device: torch.device | str) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, size, size] in [-1, 1]: undistorted, centred on black (-1)."""
     x = pictures.to(device).permute(0, 3, 1, 2).float() / 255.0
-    height, width = x.shape[2:]
-    if (height, width) != (size, size):
-        ratio = max(width / size, height / size)
-        rows, columns = int(height / ratio), int(width / ratio)
-        x = F.interpolate(x, size=(rows, columns), mode="bilinear", align_corners=False).clamp(0.0, 1.0)
-        top, left = (size - rows) // 2, (size - columns) // 2
-        x = F.pad(x, (left, size - columns - left, top, size - rows - top))
-    return x * 2.0 - 1.0
+    return pad_resize(x, (size, size)) * 2.0 - 1.0
 
 
 def prompts(variant: str, instructions: list[str], state: Tensor | None) -> list[str]:

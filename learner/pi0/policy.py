@@ -47,6 +47,7 @@ class Pi0Config:
     noise: NoiseConfig = field(default_factory=NoiseConfig)  # flow_noise's learned range
     lora: LoraConfig = field(default_factory=LoraConfig)
     cameras: list[str] = field(default_factory=lambda: ["third_person", "wrist"])  # in the network's order
+    ignored_cameras: list[str] = field(default_factory=list)  # of the robot, not shown to the network
     num_action_chunks: int = 5  # C, steps of a chunk that are executed and scored
     action_env_dim: int = 7  # d, the rest of the padded action width is never scored
     num_inference_steps: int = 10  # denoising steps when deployed
@@ -82,13 +83,26 @@ class Pi0Config:
         if not self.cameras:
             raise ValueError("cameras is empty: name at least one, in the network's order")
 
+    pads_pictures = True
+
+    @property
+    def horizon(self) -> int:
+        return self.model.horizon
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.model.vision.image_size, self.model.vision.image_size
+
     @property
     def prefix_is_frozen(self) -> bool:
         return self.train_expert_only and not (self.lora.rank and self.lora.on_prefix)
 
 
 class Pi0Policy(nn.Module):
-    """`state_normaliser` and `action_normaliser` come with the checkpoint (learner/pi0/checkpoint.py)."""
+    """`state_normaliser` and `action_normaliser` come with the checkpoint (learner/pi0/bundle.py) or are measured by
+    Stage I (learner/pi0/stage.py)."""
+
+    pads_pictures = Pi0Config.pads_pictures
 
     def __init__(
         self,
@@ -238,7 +252,14 @@ class Pi0Policy(nn.Module):
         dims = self.config.model.action_width if self.config.sft_padded_dims else self.config.action_env_dim
         return masked_sft_loss(v, target, batch.is_pad.to(self.device), dims)
 
+    def sft_terms(self, batch: SftBatch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        return {"loss": self.sft_loss(batch, generator)}
+
     # --- the pieces -----------------------------------------------------------------------------------------------
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        return self.config.picture_size
 
     @property
     def device(self) -> torch.device:
@@ -262,8 +283,10 @@ class Pi0Policy(nn.Module):
     def _inputs(self, observation: ObservationBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """images [B, I, 3, size, size], image_mask [B, I], tokens, token_mask [B, T], state [B, state_width]."""
         config, device, size = self.config, self.device, self.config.model.vision.image_size
-        if unknown := sorted(set(observation.images) - set(config.cameras)):
-            raise ValueError(f"this policy has no camera {unknown}; it reads {config.cameras}")
+        if unknown := sorted(set(observation.images) - {*config.cameras, *config.ignored_cameras}):
+            raise ValueError(
+                f"this policy has no camera {unknown}; it reads {config.cameras} and ignores {config.ignored_cameras}"
+            )
         batch = len(observation)
         black = torch.full((batch, 3, size, size), -1.0, device=device)
         pictures = [

@@ -43,11 +43,12 @@ def released_names(config: ModelConfig) -> dict[str, Pieces]:
     return names
 
 
-def to_released(model: Pi0Model) -> dict[str, Tensor]:
-    """The model's parameters under their released names and shapes, LoRA adapters merged in."""
+def to_released(model: Pi0Model, merged: bool = True) -> dict[str, Tensor]:
+    """The model's parameters under their released names and shapes, LoRA adapters merged in or left out."""
     released = {}
     for name, pieces in released_names(model.config).items():
-        parts = _merged(model, name).split([shape[0] for _, shape in pieces])
+        whole = _merged(model, name) if merged else _parameter(model, name).detach()
+        parts = whole.split([shape[0] for _, shape in pieces])
         released |= {key: part.reshape(shape) for (key, shape), part in zip(pieces, parts, strict=True)}
     return released
 
