@@ -11,15 +11,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 from bridge.embodiment import Embodiment
 from robot.arm_thread import ArmSample, ArmThread
+from robot.black_box import AFTER_S, BlackBox
+from robot.body import Body
 from robot.config import ArmConfig
 from robot.gripper import GripperDriver
-from robot.safety import State, StateMachine, UnsafeAction
+from robot.safety import Clip, LiveInput, State, StateMachine, UnsafeAction, check_action
 from robot.target import Streamed, TargetPath
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Snapshot:
     num_rejected: Counter[str]
     num_transitions: int
     num_actions: int
+    num_missed: int  # stamps of the grid that no action came for, between one action and the next
     age_s: float  # of the arm's state, steady clock
 
 
@@ -67,7 +71,13 @@ class ArmDriver:
         self.lock = threading.RLock()
         self.num_clips: Counter[str] = Counter()
         self.num_rejected: Counter[str] = Counter()
-        self.num_actions = 0
+        self.num_actions = self.num_missed = 0
+        self.body: Body | None = None  # from the first connection on
+        self.deadman = LiveInput("dead-man released", config.deadman_timeout_s)
+        self.heartbeat = LiveInput("no heartbeat", config.heartbeat_timeout_s)
+        facts = {"limits": asdict(limits), "period_s": embodiment.period_s, "contract": embodiment.contract_hash}
+        self.black_box = BlackBox(config.poll_rate_hz, facts)
+        self._save_at_s = np.inf  # when the black box is to be written
         self._last_action_ns = -1
         self._last_action_s = 0.0
         self._closing = threading.Event()
@@ -88,6 +98,14 @@ class ArmDriver:
             self.gripper.close()
         if self._watchdog.is_alive():
             self._watchdog.join(timeout=1.0)
+        if self._save_at_s < np.inf:
+            self._save_black_box()
+
+    def hear_deadman(self, is_pressed: bool) -> None:
+        self.deadman.hear(is_pressed, time.monotonic())
+
+    def hear_heartbeat(self) -> None:
+        self.heartbeat.hear(True, time.monotonic())
 
     def command(self, action: np.ndarray, stamp_ns: int) -> bool:
         """One policy step [7] that begins at `stamp_ns`. False when the arm is in no state to move.
@@ -102,14 +120,25 @@ class ArmDriver:
                 if self.path is None or not self._may_take_actions():
                     self.num_rejected[str(self.machine.state)] += 1
                     return False
-                step = self.path.step(action, stamp_ns, now_ns)
+                action = check_action(action)
+                if lost := next((i.name for i in self._inputs if i.is_lost(time.monotonic())), ""):
+                    self.num_rejected[lost] += 1
+                    return False
+                if not self.machine.run():
+                    self.num_rejected["HOLD"] += 1
+                    return False
+                T_before, q_rad = self.path.T_target, self.samples[-1].q_rad
+                step = self.path.step(action, stamp_ns, now_ns, self._limit_body)
             except UnsafeAction as error:
                 self.num_rejected[str(error).split(":")[0]] += 1
+                self.black_box.add_event(now_ns, f"action refused: {error}")
                 raise
-            if not self.machine.run():
-                self.num_rejected["HOLD"] += 1
-                self.path.reset(self.path.at(now_ns).T_base_target)
-                return False
+            # Before a pause the grid starts anew: only between actions of one motion are stamps missing.
+            gap = round((stamp_ns - self._last_action_ns) / self.path.period_ns) - 1
+            if gap * self.path.period_ns <= self.config.action_timeout_s * 1e9:
+                self.num_missed += max(0, gap)
+            T_after = self.path.T_target
+            self.black_box.add_action(now_ns, stamp_ns, action, q_rad, T_before, T_after)
             self._last_action_ns, self._last_action_s = stamp_ns, time.monotonic()
             self.num_actions += 1
             self.num_clips.update(clip.limit for clip in step.clips)
@@ -125,6 +154,9 @@ class ArmDriver:
         with self.lock:
             if self.machine.state is not State.FAULT:
                 log.error("FAULT: %s", reason)
+                self.black_box.add_event(self.now_ns(), f"FAULT: {reason}")
+                if self.config.fault_dir:
+                    self._save_at_s = time.monotonic() + AFTER_S
             self.machine.fault(reason)
 
     def home(self) -> Future:
@@ -150,10 +182,13 @@ class ArmDriver:
                 gripper_opening_m=gripper.opening_m if gripper is not None else self.embodiment.gripper_open_m,
                 gripper_sent=gripper.sent if gripper is not None else 1.0,
                 gripper_requested=gripper.requested if gripper is not None else 1.0,
-                num_clips=Counter(self.num_clips),
+                num_clips=self.num_clips + Counter({f"stream_{n}": k for n, k in path.num_clips.items()})
+                if path is not None
+                else Counter(),
                 num_rejected=Counter(self.num_rejected),
                 num_transitions=self.machine.num_transitions,
                 num_actions=self.num_actions,
+                num_missed=self.num_missed,
                 age_s=time.monotonic() - self._worker.fresh_s,
             )
 
@@ -171,6 +206,13 @@ class ArmDriver:
     def _may_take_actions(self) -> bool:
         moving = self._worker.is_homing or self._worker.requests.home is not None
         return not moving and self.machine.state not in (State.FAULT, State.DISCONNECTED)
+
+    @property
+    def _inputs(self) -> tuple[LiveInput, LiveInput]:
+        return self.deadman, self.heartbeat
+
+    def _limit_body(self, T_from: np.ndarray, T_to: np.ndarray) -> tuple[np.ndarray, list[Clip]]:
+        return self.body.limit(T_from, T_to, self.samples[-1].q_rad) if self.body is not None else (T_to, [])
 
     def _check_stamp(self, stamp_ns: int, now_ns: int) -> None:
         if stamp_ns <= self._last_action_ns:
@@ -203,3 +245,19 @@ class ArmDriver:
                     self.fault(f"lost link: no state from the arm for {age_s:.1f} s")
                 if now_s - self._last_action_s > self.config.action_timeout_s:
                     self.machine.hold("no action")
+                for live in self._inputs:
+                    if not live.is_lost(now_s):
+                        self.machine.release(live.name)
+                    elif self.path is not None and live.name not in self.machine.causes:
+                        self.path.halt(self.now_ns())  # not where the last step was going to: now
+                        self.machine.hold(live.name)
+            if now_s >= self._save_at_s:
+                threading.Thread(target=self._save_black_box, name="black-box", daemon=True).start()
+
+    def _save_black_box(self) -> None:
+        self._save_at_s = np.inf
+        try:
+            path = self.black_box.save(Path(self.config.fault_dir), self.machine.reason)
+            log.info("the last seconds before the fault are in %s", path)
+        except OSError as error:
+            log.error("the last seconds before the fault could not be written: %s", error)

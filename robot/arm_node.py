@@ -19,6 +19,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from sensor_msgs.msg import JointState
+from std_msgs.msg import Bool, Empty
 from std_srvs.srv import Trigger
 
 from bridge.pose import ACTION_NAMES, quat_xyzw_from_matrix
@@ -56,6 +57,8 @@ class ArmNode(Node):
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._safety_state = self.create_publisher(DiagnosticStatus, "safety_state", latched)
         self.create_subscription(JointState, "action", self._on_action, QoSProfile(depth=10))
+        self.create_subscription(Bool, "deadman", lambda m: self.arm.hear_deadman(m.data), QoSProfile(depth=1))
+        self.create_subscription(Empty, "heartbeat", lambda _: self.arm.hear_heartbeat(), QoSProfile(depth=1))
         # Services of their own group: one that waits must not keep the timer from running, which ends its waiting.
         services = ReentrantCallbackGroup()
         self.create_service(Trigger, "acknowledge", self._on_acknowledge, callback_group=services)
@@ -142,6 +145,7 @@ class ArmNode(Node):
     def _status(self, snapshot: Snapshot) -> DiagnosticStatus:
         level = LEVELS.get(snapshot.state, DiagnosticStatus.WARN)
         values = {"state": str(snapshot.state), "reason": snapshot.reason, "actions": snapshot.num_actions}
+        values["missed"] = snapshot.num_missed
         values |= {f"clipped.{name}": count for name, count in snapshot.num_clips.items()}
         values |= {f"refused.{name}": count for name, count in (self._refused + snapshot.num_rejected).items()}
         values["state_age_ms"] = f"{snapshot.age_s * 1e3:.0f}"

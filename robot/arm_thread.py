@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import franky
 import numpy as np
 
-from robot.safety import State
+from robot.body import Body
+from robot.safety import State, limit_wrench
 from robot.stamps import StampMap
 from robot.stream import ROBOT_ERRORS, ImpedanceStream, PositionStream, first_line, has_ended
 from robot.target import TargetPath
@@ -119,6 +120,10 @@ class ArmThread(threading.Thread):
         robot.relative_dynamics_factor = self.config.dynamics_factor
         self.call = "set_collision_behavior"
         robot.set_collision_behavior(self.config.collision_torque_nm, self.config.collision_force_n)
+        self.call, limits = "reading the robot's description", self.config.limits
+        urdf, T_flange_tcp = robot.model_urdf, np.array(robot.state.F_T_EE.matrix)
+        self.driver.body = Body(urdf, T_flange_tcp, limits)
+        self.driver.black_box.facts |= {"urdf": urdf, "T_flange_tcp": T_flange_tcp.tolist()}
         self._robot, self._robot_ms, self._stamps = robot, -1.0, StampMap()
         self._read()
         if not first:
@@ -136,9 +141,16 @@ class ArmThread(threading.Thread):
             with driver.lock:
                 driver.samples.append(sample)
                 if driver.path is None:
-                    driver.path = TargetPath(sample.T_base_tcp, driver.embodiment.period_s, self.config.limits)
+                    period_s, stream_period_s = driver.embodiment.period_s, 1 / self.config.stream_rate_hz
+                    driver.path = TargetPath(sample.T_base_tcp, period_s, self.config.limits, stream_period_s)
                 elif driver.machine.state in (State.IDLE, State.DISCONNECTED) and self._stream is None:
                     driver.path.reset(sample.T_base_tcp)  # an arm that is moved by hand keeps its target with it
+                T_target = driver.path.at(driver.now_ns()).T_base_target
+                opening_m = (driver.gripper.opening_m if driver.gripper is not None else None) or np.nan
+                row = (sample.q_rad, sample.T_base_tcp, sample.wrench_base, T_target, opening_m)
+                driver.black_box.add_state(stamp_ns, driver.machine.state, *row)
+                if clip := limit_wrench(sample.wrench_base, self.config.limits):
+                    driver.fault(f"limit breach: {clip.limit} {clip.requested:.1f}, allowed are {clip.allowed:g}")
         mode = state.robot_mode
         with driver.lock:
             if mode in (franky.RobotMode.Reflex, franky.RobotMode.UserStopped):
@@ -167,7 +179,6 @@ class ArmThread(threading.Thread):
         self._streams_at_s = max(self._streams_at_s + 1 / self.config.stream_rate_hz, now_s)
         with driver.lock:
             streamed = driver.path.at(driver.now_ns())
-            driver.num_clips.update(f"stream_{clip.limit}" for clip in streamed.clips)
         self._stream.send(streamed.T_base_target)
 
     def _home(self) -> None:

@@ -49,6 +49,13 @@ class ArmConfig:
     state_fault_s: float = setting(1.2, "arm states older than this are a lost link", (0.2, 5.0))
     call_timeout_s: float = setting(3.0, "a call into the robot that takes longer is a lost link", (0.5, 30.0))
     home_timeout_s: float = setting(20.0, "a motion to the home position that takes longer is a fault", (1.0, 60.0))
+    deadman_timeout_s: float = setting(
+        0.0, "the arm holds unless `deadman` said true within this time; 0: not asked for", (0.0, 5.0)
+    )
+    heartbeat_timeout_s: float = setting(
+        0.0, "the arm holds unless a `heartbeat` came within this time; 0: not asked for", (0.0, 60.0)
+    )
+    fault_dir: str = setting("", "folder that gets the last 30 s before a fault; empty: they are not kept")
     gripper: GripperConfig = field(default_factory=GripperConfig)
     limits: SafetyLimits = field(default_factory=SafetyLimits)
 

@@ -4,6 +4,7 @@ Nothing here knows a policy, a network or a robot. Every limit returns what it l
 (`Clip`), so a runtime can publish and a recorder can store both. Source: docs/contract.md, sections 1 and 7.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -43,6 +44,30 @@ class SafetyLimits:
     )
     max_turn_rad_s: float = field(
         default=1.5, metadata={"about": "turning limit of the TCP target (rad/s)", "range": (0.01, 2.5)}
+    )
+    max_acceleration_m_s2: float = field(
+        default=30.0, metadata={"about": "acceleration limit of the streamed target (m/s2)", "range": (0.1, 200.0)}
+    )
+    max_jerk_m_s3: float = field(
+        default=4500.0, metadata={"about": "jerk limit of the streamed target (m/s3)", "range": (10.0, 20000.0)}
+    )
+    max_turn_rad_s2: float = field(
+        default=90.0, metadata={"about": "angular acceleration limit of the streamed target", "range": (0.1, 500.0)}
+    )
+    max_turn_rad_s3: float = field(
+        default=8500.0, metadata={"about": "angular jerk limit of the streamed target", "range": (10.0, 50000.0)}
+    )
+    joint_margin_rad: float = field(
+        default=0.05, metadata={"about": "least distance of every joint from its end stop (rad)", "range": (0.0, 0.5)}
+    )
+    self_collision_margin_m: float = field(
+        default=0.02, metadata={"about": "least distance of the arm's links from each other (m)", "range": (0.0, 0.2)}
+    )
+    max_force_n: float = field(
+        default=80.0, metadata={"about": "a larger external force on the TCP is a fault (N)", "range": (1.0, 200.0)}
+    )
+    max_torque_nm: float = field(
+        default=40.0, metadata={"about": "a larger external torque on the TCP is a fault (Nm)", "range": (0.5, 100.0)}
     )
     workspace_lower_m: list[float] = field(
         default_factory=lambda: [0.20, -0.45, 0.018],
@@ -84,8 +109,17 @@ class SafeStep:
     clips: list[Clip]
 
 
-def safe_step(T_target: np.ndarray, action: np.ndarray, period_s: float, limits: SafetyLimits) -> SafeStep:
-    """The next target from the last *target* and an action [7]. Raises UnsafeAction for what must not be executed."""
+def safe_step(
+    T_target: np.ndarray,
+    action: np.ndarray,
+    period_s: float,
+    limits: SafetyLimits,
+    body: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, list[Clip]]] | None = None,
+) -> SafeStep:
+    """The next target from the last *target* and an action [7]. Raises UnsafeAction for what must not be executed.
+
+    `body(T_target, T_next)` may cut further: see `robot.body`.
+    """
     action = check_action(action)
     allowed, clips = limit_step(action, limits.max_translation_m, limits.max_rotation_rad)
     T_next = pose.integrate(T_target, allowed)
@@ -95,6 +129,9 @@ def safe_step(T_target: np.ndarray, action: np.ndarray, period_s: float, limits:
     clips += cut
     T_next, cut = limit_keep_out(T_target, T_next, limits.keep_out_boxes)
     clips += cut
+    if body is not None:
+        T_next, cut = body(T_target, T_next)
+        clips += cut
     sent = np.append(pose.delta(T_target, T_next), allowed[6])
     return SafeStep(T_next, pose.integrate(T_target, action), sent, clips)
 
@@ -167,6 +204,23 @@ def limit_keep_out(T_from: np.ndarray, T_to: np.ndarray, boxes: np.ndarray) -> t
     return T, [Clip("keep_out_m", length, share * length)]
 
 
+def limit_wrench(wrench: np.ndarray, limits: SafetyLimits) -> Clip | None:
+    """What an external force and torque [6] (N, Nm) exceed, if they do."""
+    force_n, torque_nm = float(np.linalg.norm(wrench[:3])), float(np.linalg.norm(wrench[3:]))
+    if not force_n <= limits.max_force_n:  # so that NaN is no way through
+        return Clip("force_n", force_n, limits.max_force_n)
+    return None if torque_nm <= limits.max_torque_nm else Clip("torque_nm", torque_nm, limits.max_torque_nm)
+
+
+def enters(start_m: np.ndarray, end_m: np.ndarray, boxes: np.ndarray) -> bool:
+    """Whether a straight line from outside leads into one of the boxes [N, 2, 3]."""
+    way = end_m - start_m
+    return any(
+        not np.all((start_m > lower) & (start_m < upper)) and _entry(start_m, way, lower, upper) < 1.0
+        for lower, upper in boxes
+    )
+
+
 def _entry(start: np.ndarray, way: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> float:
     """Share of `way` at which a line enters the open box (slab method); 1.0 when it does not. A hair (1 um) is kept."""
     first, last = 0.0, 1.0
@@ -180,6 +234,23 @@ def _entry(start: np.ndarray, way: np.ndarray, lower: np.ndarray, upper: np.ndar
     if first >= last:
         return 1.0
     return max(0.0, first - 1e-6 / float(np.linalg.norm(way)))
+
+
+class LiveInput:
+    """Something that has to be heard again and again while the arm moves: a dead-man switch, a heartbeat.
+
+    `timeout_s` 0: not asked for, never lost. Times are of the steady clock.
+    """
+
+    def __init__(self, name: str, timeout_s: float):
+        self.name, self.timeout_s = name, timeout_s
+        self._good_s = -np.inf
+
+    def hear(self, is_good: bool, now_s: float) -> None:
+        self._good_s = now_s if is_good else -np.inf
+
+    def is_lost(self, now_s: float) -> bool:
+        return self.timeout_s > 0 and now_s - self._good_s > self.timeout_s
 
 
 class State(StrEnum):

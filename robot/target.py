@@ -1,14 +1,24 @@
 """The commanded target of the arm, and the way to it: deltas in, poses to stream out. No robot, no ROS, no clock."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from bridge import pose
-from robot import safety
+from robot import motion_limit, safety
+from robot.motion_limit import MotionLimit
 from robot.safety import Clip, SafeStep, SafetyLimits
 
-MAX_STREAM_GAP_S = 0.1  # the speed limit lets no longer pause be caught up at once
+MAX_STREAM_GAP_S = 0.1  # no longer pause is caught up at once
+SPEED_SLACK = 1.01  # a step at the speed limit is not to be clipped again by the jitter of the clock
+UNITS = {"speed": ("speed_m_s", "turn_rad_s"), "acceleration": ("acceleration_m_s2", "turn_rad_s2")}
+UNITS["jerk"] = ("jerk_m_s3", "turn_rad_s3")
+# (last target, next target, actions of it) -> next target that the body of the arm can take, and what was cut
+Cuts = dict[str, tuple[float, float]]
+BodyCheck = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, list[Clip]]]
 
 
 @dataclass(frozen=True)
@@ -25,52 +35,172 @@ class TargetPath:
     """Integrates actions from the last *target* and walks to each new target in a straight line within its step.
 
     A step that arrives a little late still ends on time; after its end the target stands still. A delta is never
-    repeated.
+    repeated. The walk is counted on a grid of `stream_period_s`, on which speed, acceleration and jerk keep their
+    limits and from every point of which there is a way to rest inside the workspace and outside the keep-out boxes;
+    within the limits it goes through each step's straight line exactly.
     """
 
-    def __init__(self, T_base_tcp: np.ndarray, period_s: float, limits: SafetyLimits):
-        self.period_ns = round(period_s * 1e9)
+    def __init__(self, T_base_tcp: np.ndarray, period_s: float, limits: SafetyLimits, stream_period_s: float = 0.02):
+        self.period_ns, self._grid_period_ns = round(period_s * 1e9), round(stream_period_s * 1e9)
         self.limits = limits
+        self.num_clips: Counter[str] = Counter()
+        self._moving = MotionLimit(
+            SPEED_SLACK * limits.max_speed_m_s, limits.max_acceleration_m_s2, limits.max_jerk_m_s3, stream_period_s
+        )
+        self._turning = MotionLimit(
+            SPEED_SLACK * limits.max_turn_rad_s, limits.max_turn_rad_s2, limits.max_turn_rad_s3, stream_period_s
+        )
         self.reset(T_base_tcp)
 
     def reset(self, T_base_tcp: np.ndarray) -> None:
-        """Start anew from a pose, for instance the measured one after a stop."""
+        """Start anew, at rest, from a pose, for instance the measured one after a stop."""
         T = np.array(T_base_tcp, dtype=np.float64)
-        self.T_target = self._T_from = self._T_sent = T
+        self.T_target = self._T_from = self._T_now = self._T_next = T
         self._T_requested = self._T_requested_from = T
-        self._start_ns = self._end_ns = self._sent_ns = 0
+        self._start_ns = self._end_ns = self._grid_ns = 0
+        self._is_braking = False
+        self._velocity, self._acceleration = np.zeros((2, 3)), np.zeros((2, 3))  # of position and rotation, base frame
+        # Whoever starts outside may come back.
+        self._lower_m = np.minimum(self.limits.workspace_lower_m, T[:3, 3]) - 1e-9
+        self._upper_m = np.maximum(self.limits.workspace_upper_m, T[:3, 3]) + 1e-9
 
-    def step(self, action: np.ndarray, stamp_ns: int, now_ns: int) -> SafeStep:
+    def step(self, action: np.ndarray, stamp_ns: int, now_ns: int, body: BodyCheck | None = None) -> SafeStep:
         """Take an action [7] whose step began at `stamp_ns`. Raises UnsafeAction."""
-        step = safety.safe_step(self.T_target, action, self.period_ns * 1e-9, self.limits)
         streamed = self.at(now_ns)
-        self._T_from, self._T_requested_from = streamed.T_base_target, streamed.T_base_requested
-        self._start_ns = now_ns
-        self._end_ns = max(stamp_ns + self.period_ns, now_ns + self.period_ns // 2)
+        if self._is_at_rest(now_ns):
+            self._grid_ns = now_ns - self._grid_period_ns  # the first step of the walk begins now
+        if self._is_braking:
+            self._stand_where_it_stops()
+        step = safety.safe_step(self.T_target, action, self.period_ns * 1e-9, self.limits, body)
+        self._is_braking = False
+        # What is committed already stays; the new walk goes on from there.
+        self._T_from, self._T_requested_from = self._T_next, streamed.T_base_requested
+        self._start_ns = self._grid_ns + self._grid_period_ns
+        soonest_ns = max(now_ns, self._start_ns) + self.period_ns // 2
+        self._end_ns = max(stamp_ns + self.period_ns, soonest_ns)
         self.T_target = step.T_target
         self._T_requested = pose.integrate(self._T_requested, action)
         return step
 
+    def halt(self, now_ns: int) -> None:
+        """Come to rest as soon as the limits let it; the target is then where that is."""
+        self.at(now_ns)
+        if not self._is_at_rest(now_ns):
+            self._is_braking = True
+            self._stand_where_it_stops()
+
     def at(self, now_ns: int) -> Streamed:
-        """The poses of this moment; the speed limits hold between one call and the next."""
-        if self._sent_ns == 0:
-            self._sent_ns = now_ns
-        share = self._share(now_ns)
-        T = self.T_target if share >= 1 else pose.interpolate(self._T_from, self.T_target, share)
-        T_requested = self._T_requested
-        if share < 1:
+        """The poses of this moment. Time that was never asked for is not caught up at once."""
+        clips = []
+        if self._is_at_rest(now_ns):
+            self._grid_ns = max(now_ns, self._grid_ns)
+            self._T_now = self._T_next
+        else:
+            self._grid_ns = max(self._grid_ns, now_ns - round(MAX_STREAM_GAP_S * 1e9))
+        while now_ns - self._grid_ns >= self._grid_period_ns:
+            clips += self._advance()
+        T, T_requested = self._T_next, self._T_requested
+        if self._T_now is not self._T_next:
+            T = pose.interpolate(self._T_now, T, max(0.0, (now_ns - self._grid_ns) / self._grid_period_ns))
+        if (share := self._share(now_ns)) < 1:
             T_requested = pose.interpolate(self._T_requested_from, self._T_requested, share)
-        if T is self._T_sent:  # arrived: nothing to limit
-            self._sent_ns = max(now_ns, self._sent_ns)
-            return Streamed(T, T_requested, [])
-        gap_s = min(MAX_STREAM_GAP_S, max(0.0, (now_ns - self._sent_ns) * 1e-9))
-        # A hundredth of slack: a step at the speed limit is not to be clipped again by the jitter of this clock.
-        limits = self.limits
-        T, clips = safety.limit_speed(self._T_sent, T, gap_s, 1.01 * limits.max_speed_m_s, 1.01 * limits.max_turn_rad_s)
-        self._T_sent, self._sent_ns = T, max(now_ns, self._sent_ns)
         return Streamed(T, T_requested, clips)
+
+    def _is_at_rest(self, now_ns: int) -> bool:
+        return (
+            self._T_next is self.T_target
+            and now_ns >= self._end_ns
+            and not (self._velocity.any() or self._acceleration.any())
+        )
+
+    def _advance(self) -> list[Clip]:
+        """Commit the next step of the grid: from `_T_next`, which is reached at its beginning."""
+        self._grid_ns += self._grid_period_ns
+        self._T_now, T, h = self._T_next, self._T_next, self._moving.period_s
+        if self._is_braking:
+            cuts, velocity = [{}, {}], self._braked()
+            T_goal = None
+        else:
+            share = self._share(self._grid_ns + self._grid_period_ns)
+            T_goal = self.T_target if share >= 1 else pose.interpolate(self._T_from, self.T_target, share)
+            velocity, cuts, is_exact = self._towards(T, T_goal)
+            T_goal = T_goal if is_exact else None
+        self._acceleration = (velocity - self._velocity) / h
+        self._velocity = velocity
+        if T_goal is not None:
+            self._T_next = T_goal
+        elif self._is_braking and not velocity.any():
+            self._T_next = self.T_target  # as foreseen, without the rounding of a hundred steps
+        else:
+            self._T_next = pose.pose(T[:3, 3] + h * velocity[0], _rotation(h * velocity[1]) @ T[:3, :3])
+        clips = [Clip(UNITS[name][n] if name in UNITS else name, *cut) for n in (0, 1) for name, cut in cuts[n].items()]
+        self.num_clips.update(clip.limit for clip in clips)
+        return clips
+
+    def _towards(self, T: np.ndarray, T_goal: np.ndarray) -> tuple[np.ndarray, list[Cuts], bool]:
+        """Velocities [2, 3] of the next step, what was cut, and whether it ends at the goal. Where no way out would be
+        left, the last one is taken."""
+        velocity, cuts, limits = np.empty((2, 3)), [], (self._moving, self._turning)
+        ways = (T_goal[:3, 3] - T[:3, 3], _vector(T_goal[:3, :3] @ T[:3, :3].T))
+        left = (
+            np.linalg.norm(self.T_target[:3, 3] - T[:3, 3]),
+            pose.rotation_angle(self.T_target[:3, :3] @ T[:3, :3].T),
+        )
+        for n, limit in enumerate(limits):
+            v, a = self._velocity[n], self._acceleration[n]
+            velocity[n], cut = motion_limit.towards(ways[n], float(left[n]), v, a, limit)
+            rest = motion_limit.stopping_way(velocity[n], (velocity[n] - v) / limit.period_s, limit)
+            if rest is None or (n == 0 and not self._is_free(T[:3, 3], limit.period_s * velocity[0], rest)):
+                cut = {("stop_m_s", "stop_rad_s")[n]: (float(np.linalg.norm(velocity[n])), 0.0)}
+                velocity[n] = motion_limit.brake(v, a, limit)
+            cuts.append(cut)
+        return velocity, cuts, all(np.array_equal(velocity[n], ways[n] / limits[n].period_s) for n in (0, 1))
+
+    def _is_free(self, pos_m: np.ndarray, step_m: np.ndarray, rest_m: np.ndarray) -> bool:
+        """Whether a step and the way to rest after it stay in the workspace and out of the boxes."""
+        points = np.vstack([pos_m, pos_m + step_m, pos_m + step_m + rest_m])
+        if np.any(points[1:] < self._lower_m) or np.any(points[1:] > self._upper_m):
+            return False
+        if not self.limits.keep_out_m:
+            return True
+        return not any(safety.enters(start, end, self.limits.keep_out_boxes) for start, end in pairwise(points))
+
+    def _braked(self) -> np.ndarray:
+        pairs = zip(self._velocity, self._acceleration, (self._moving, self._turning), strict=True)
+        return np.array([motion_limit.brake(*pair) for pair in pairs])
+
+    def _stand_where_it_stops(self) -> None:
+        T = self._T_next.copy()
+        move, turn = (
+            motion_limit.stopping_way(v, a, limit)
+            for v, a, limit in zip(self._velocity, self._acceleration, (self._moving, self._turning), strict=True)
+        )
+        assert move is not None, "every committed step leaves a way to rest"
+        assert turn is not None
+        T[:3, 3] += move[-1] if len(move) else 0.0
+        for step in np.diff(turn, axis=0, prepend=np.zeros((1, 3))):
+            T[:3, :3] = _rotation(step) @ T[:3, :3]
+        self.T_target = self._T_from = self._T_requested = self._T_requested_from = T
+        self._start_ns = self._end_ns = 0
 
     def _share(self, now_ns: int) -> float:
         if now_ns >= self._end_ns:
             return 1.0
         return max(0.0, (now_ns - self._start_ns) / (self._end_ns - self._start_ns))
+
+
+def _vector(R: np.ndarray) -> np.ndarray:
+    """Rotation vector [3] of a rotation by less than pi."""
+    skew = 0.5 * np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
+    sine = float(np.linalg.norm(skew))
+    return skew if sine < 1e-12 else skew * (float(pose.rotation_angle(R)) / sine)
+
+
+def _rotation(vector: np.ndarray) -> np.ndarray:
+    """Inverse of `_vector` (Rodrigues)."""
+    angle = float(np.linalg.norm(vector))
+    if angle < 1e-15:
+        return np.eye(3)
+    x, y, z = vector / angle
+    K = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + np.sin(angle) * K + (1 - np.cos(angle)) * (K @ K)

@@ -1,16 +1,27 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge import pose
-from robot.safety import SafetyLimits, UnsafeAction
+from robot.safety import SafetyLimits, UnsafeAction, enters
 from robot.target import TargetPath
 
 MS = 1_000_000
 PERIOD_NS = 100 * MS
 START = pose.pose(np.array([0.45, 0.0, 0.3]), pose.matrix_from_rpy([np.pi, 0, 0.3]))
-FREE = SafetyLimits(workspace_lower_m=[-10.0] * 3, workspace_upper_m=[10.0] * 3, max_speed_m_s=1.7, max_turn_rad_s=2.5)
+FREE = SafetyLimits(
+    workspace_lower_m=[-10.0] * 3,
+    workspace_upper_m=[10.0] * 3,
+    max_speed_m_s=1.7,
+    max_turn_rad_s=2.5,
+    max_acceleration_m_s2=1e6,
+    max_jerk_m_s3=1e9,
+    max_turn_rad_s2=1e6,
+    max_turn_rad_s3=1e9,
+)
 
 
 def follow(path: TargetPath, actions, first_ns=1000 * MS, late_ns=0):
@@ -60,7 +71,7 @@ def test_a_late_step_ends_on_time():
     path.step([0.02, 0, 0, 0, 0, 0, 1], 1000 * MS, 1030 * MS)
     assert path.at(1030 * MS).T_base_target[0, 3] == pytest.approx(0.45)
     assert path.at(1065 * MS).T_base_target[0, 3] == pytest.approx(0.46)
-    assert path.at(1100 * MS).T_base_target[0, 3] == pytest.approx(0.47)
+    assert path.at(1110 * MS).T_base_target[0, 3] == pytest.approx(0.47)  # the next point of the stream's grid
 
 
 def test_the_stream_keeps_the_speed_limit_when_steps_come_in_a_hurry():
@@ -92,3 +103,104 @@ def test_a_refused_action_changes_nothing():
     assert np.allclose(path.at(10**9).T_base_target, START)
     path.step([0.01, 0, 0, 0, 0, 0, 1], 10**9, 10**9)
     assert np.allclose(path.T_target, pose.integrate(START, [0.01, 0, 0, 0, 0, 0, 1]))
+
+
+WALL = [0.5, 0.05, 0.0, 0.55, 0.3, 0.6]
+wild = st.one_of(st.floats(-1e6, 1e6, allow_subnormal=False), st.floats(-0.1, 0.1))
+streams = st.lists(st.tuples(st.lists(wild, min_size=7, max_size=7), st.integers(1, 300)), min_size=1, max_size=15)
+bounds = st.tuples(st.floats(0.3, 60.0), st.floats(10.0, 9000.0), st.floats(0.5, 100.0), st.floats(20.0, 9000.0))
+
+
+def check_stream(stream, limits, halt_after=None):
+    """Targets as they are sent, each 20 ms, keep every limit, whatever comes whenever."""
+    path, sent, now_ms = TargetPath(START, 0.1, limits), [START], 1000
+    path.at(now_ms * MS)
+    for n, (action, wait_ms) in enumerate(stream):
+        if n == halt_after:
+            path.halt(now_ms * MS)
+        else:
+            path.step(action, now_ms * MS, now_ms * MS)
+        for later_ms in range(now_ms, now_ms + wait_ms + 1):
+            if (later_ms - 1000) % 20 == 0 and later_ms > 1000 + 20 * (len(sent) - 1):
+                sent.append(path.at(later_ms * MS).T_base_target)
+        now_ms += wait_ms
+    for k in range(len(sent), len(sent) + 150):
+        sent.append(path.at((1000 + 20 * k) * MS).T_base_target)
+    position = np.array([T[:3, 3] for T in sent])
+    turns = [pose.matrix_from_rpy([0, 0, 0])] + [b[:3, :3] @ a[:3, :3].T for a, b in pairwise(sent)]
+    skew = [0.5 * np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) for R in turns]
+    vectors = [s * pose.rotation_angle(R) / max(np.linalg.norm(s), 1e-15) for s, R in zip(skew, turns, strict=True)]
+    for steps, most in (
+        (
+            np.diff(position, axis=0, prepend=position[:1]),
+            (limits.max_speed_m_s, limits.max_acceleration_m_s2, limits.max_jerk_m_s3),
+        ),
+        (np.array(vectors), (limits.max_turn_rad_s, limits.max_turn_rad_s2, limits.max_turn_rad_s3)),
+    ):
+        rates = steps / 0.02
+        for order, limit in enumerate(most):
+            values = np.diff(rates, n=order, axis=0, prepend=np.zeros((order, 3))) / 0.02**order
+            assert np.linalg.norm(values, axis=1).max() <= (1.01 if order == 0 else 1.0001) * limit + 1e-6 * 50**order
+    assert np.all(position >= np.array(limits.workspace_lower_m) - 1e-8)
+    assert np.all(position <= np.array(limits.workspace_upper_m) + 1e-8)
+    boxes = limits.keep_out_boxes
+    assert not any(np.all((p > lower) & (p < upper)) for p in position for lower, upper in boxes)
+    assert not any(enters(a, b, boxes) for a, b in pairwise(position))
+    return path, sent
+
+
+def limits_of(acceleration, jerk, turn_acceleration, turn_jerk):
+    return SafetyLimits(
+        keep_out_m=WALL,
+        max_acceleration_m_s2=acceleration,
+        max_jerk_m_s3=jerk,
+        max_turn_rad_s2=turn_acceleration,
+        max_turn_rad_s3=turn_jerk,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(streams, bounds, st.one_of(st.none(), st.integers(0, 14)))
+def test_no_stream_of_targets_leaves_the_limits(stream, bound, halt_after):
+    check_stream(stream, limits_of(*bound), halt_after)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=10_000, deadline=None)
+@given(streams, bounds, st.one_of(st.none(), st.integers(0, 14)))
+def test_none_of_ten_thousand_streams_of_targets_leaves_the_limits(stream, bound, halt_after):
+    check_stream(stream, limits_of(*bound), halt_after)
+
+
+@pytest.mark.parametrize("bound", [(30.0, 4500.0, 90.0, 8500.0), (9.0, 4500.0, 17.0, 8500.0), (2.0, 20.0, 3.0, 60.0)])
+def test_the_target_is_reached_under_any_limits(bound):
+    stream = [([0.03, 0.01, 0, 0, 0, 0.05, 1], 100)] * 6 + [([-0.03, 0, 0.01, 0, 0.03, 0, 1], 100)] * 6
+    path, sent = check_stream(stream, limits_of(*bound))
+    assert np.allclose(sent[-1], path.T_target, atol=1e-6)
+    turning_m = 0.3**2 / (2 * bound[0]) + 0.3 * bound[0] / bound[1]  # what it takes to turn round
+    assert np.max([T[0, 3] for T in sent]) <= 0.45 + 6 * 0.03 + turning_m
+
+
+def test_what_the_scripted_person_does_passes_uncut():
+    """0.3 m/s, and 1.2 m/s2 from step to step: 0.12 m/s at once."""
+    path, speed, clips = TargetPath(START, 0.1, SafetyLimits()), 0.0, []
+    for n in range(12):
+        speed = min(0.3, speed + 0.12) if n < 6 else max(0.0, speed - 0.12)
+        path.step([0, 0.1 * speed, 0, 0, 0, 0, 1], (1000 + 100 * n) * MS, (1000 + 100 * n) * MS)
+        clips += [c for k in range(5) for c in path.at((1000 + 100 * n + 20 * k) * MS).clips]
+    assert clips == []
+    assert path.at(3000 * MS).T_base_target[1, 3] == pytest.approx(path.T_target[1, 3])
+
+
+def test_halt_stops_within_the_limits_and_the_next_step_begins_there():
+    path = TargetPath(START, 0.1, SafetyLimits(max_acceleration_m_s2=5.0))
+    path.step([0.04, 0, 0, 0, 0, 0, 1], 1000 * MS, 1000 * MS)
+    sent = [path.at((1000 + 20 * k) * MS).T_base_target[0, 3] for k in range(4)]
+    path.halt(1060 * MS)
+    sent += [path.at((1080 + 20 * k) * MS).T_base_target[0, 3] for k in range(20)]
+    assert sent[-1] == pytest.approx(path.T_target[0, 3])
+    assert sent[-1] < 0.485  # not where the step was going
+    assert abs(np.diff(sent, n=2)).max() / 0.02**2 <= 5.0001
+    path.step([0.01, 0, 0, 0, 0, 0, 1], 2000 * MS, 2000 * MS)
+    assert path.T_target[0, 3] == pytest.approx(sent[-1] + 0.01)

@@ -1,0 +1,134 @@
+"""The arm's body: how far joints are from their end stops, and links from each other. Pinocchio, no ROS, no robot.
+
+The joints come from the URDF that the robot itself gives out. Its links have no shapes there, so each is a capsule or
+two, a little fatter than the link; a hand with its fingers sits on the flange.
+"""
+
+from dataclasses import dataclass
+
+import coal
+import numpy as np
+import pinocchio as pin
+
+from robot.safety import Clip, SafetyLimits
+
+SHARES = (0.75, 0.5, 0.25, 0.0)  # of a step that goes too far, the largest that does not is taken
+MAX_ITERATIONS = 20
+DAMPING = 1e-6
+ARRIVED = 1e-4  # m and rad
+# Link (8: the hand, on the flange), one end and the other in the link's frame (m), radius (m).
+CAPSULES = (
+    (0, (-0.09, 0.0, 0.06), (0.0, 0.0, 0.06), 0.08),
+    (1, (0.0, 0.0, -0.333), (0.0, 0.0, -0.05), 0.07),
+    (2, (0.0, 0.0, -0.06), (0.0, 0.0, 0.06), 0.07),
+    (3, (0.0, 0.0, -0.22), (0.0, 0.0, -0.07), 0.07),
+    (4, (0.0, 0.0, -0.06), (0.0, 0.0, 0.06), 0.07),
+    (5, (0.0, 0.0, -0.31), (0.0, 0.0, -0.21), 0.07),
+    (5, (0.0, 0.08, -0.20), (0.0, 0.08, -0.06), 0.03),
+    (6, (0.0, 0.0, -0.07), (0.0, 0.0, 0.01), 0.06),
+    (7, (0.0, 0.0, -0.06), (0.0, 0.0, 0.08), 0.05),
+    (8, (0.0, -0.06, 0.04), (0.0, 0.06, 0.04), 0.045),
+    (8, (0.0, -0.03, 0.09), (0.0, 0.03, 0.09), 0.03),
+)
+MEETING = {(a, b) for a in (0, 1, 2) for b in (5, 6, 7, 8)} | {(3, 7), (3, 8), (4, 8)}  # others cannot
+
+
+@dataclass(frozen=True)
+class Margins:
+    """`joint_rad`: of the joint that is nearest to an end stop. `links_m`: between the two links that are nearest."""
+
+    joint_rad: float
+    links_m: float
+
+
+class Body:
+    """`T_flange_tcp` [4, 4]: where the TCP sits. Raises ValueError for a URDF that is not of a seven-joint arm."""
+
+    def __init__(self, urdf: str, T_flange_tcp: np.ndarray, limits: SafetyLimits):
+        self.limits = limits
+        self._model = pin.buildModelFromXML(urdf)
+        if self._model.nq != 7 or not self._model.existFrame("link8"):
+            raise ValueError(f"the robot's description has {self._model.nq} joints; needed are 7 and a frame link8")
+        self._data = self._model.createData()
+        flange = self._model.getFrameId("link8")
+        self._tcp = self._model.addFrame(
+            pin.Frame("tcp", 7, flange, self._model.frames[flange].placement * pin.SE3(T_flange_tcp), pin.OP_FRAME)
+        )
+        self._data = self._model.createData()
+        self._shapes = pin.GeometryModel()
+        for link, start, end, radius_m in CAPSULES:
+            self._add_capsule(link, np.array(start), np.array(end), radius_m)
+        for i, (a, *_) in enumerate(CAPSULES):
+            for j, (b, *_) in enumerate(CAPSULES):
+                if (a, b) in MEETING:
+                    self._shapes.addCollisionPair(pin.CollisionPair(i, j))
+        self._shape_data = pin.GeometryData(self._shapes)
+
+    def tcp(self, q_rad: np.ndarray) -> np.ndarray:
+        """T_base_tcp [4, 4] of joints [7]."""
+        pin.framesForwardKinematics(self._model, self._data, q_rad)
+        return self._data.oMf[self._tcp].homogeneous
+
+    def margins(self, q_rad: np.ndarray) -> Margins:
+        low, high = q_rad - self._model.lowerPositionLimit, self._model.upperPositionLimit - q_rad
+        pin.updateGeometryPlacements(self._model, self._data, self._shapes, self._shape_data, q_rad)
+        pin.computeDistances(self._shapes, self._shape_data)
+        links_m = min(result.min_distance for result in self._shape_data.distanceResults)
+        return Margins(float(min(low.min(), high.min())), float(links_m))
+
+    def solve(self, T_base_tcp: np.ndarray, q_rad: np.ndarray) -> np.ndarray | None:
+        """Joints [7] of a pose, found by moving as little as possible from `q_rad`; None when they are not found."""
+        q, goal = np.array(q_rad), pin.SE3(T_base_tcp)
+        for _ in range(MAX_ITERATIONS):
+            pin.computeJointJacobians(self._model, self._data, q)
+            pin.updateFramePlacement(self._model, self._data, self._tcp)
+            error = pin.log6(self._data.oMf[self._tcp].actInv(goal)).vector
+            if np.abs(error).max() < ARRIVED:
+                return q
+            J = pin.getFrameJacobian(self._model, self._data, self._tcp, pin.LOCAL)
+            q += J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)
+        return None
+
+    def limit(self, T_from: np.ndarray, T_to: np.ndarray, q_rad: np.ndarray) -> tuple[np.ndarray, list[Clip]]:
+        """As much of a step of the target as leaves the margins; `q_rad`: the arm's joints now.
+
+        Where a margin is lost already, only a step that does not make it smaller is let through.
+        """
+        at_start = self._margins_at(T_from, q_rad)
+        clip = self._judge(T_to, q_rad, at_start)
+        if clip is None:
+            return T_to, []
+        for share in SHARES[:-1]:
+            T = pin.SE3.Interpolate(pin.SE3(T_from), pin.SE3(T_to), share).homogeneous
+            T[:3, 3] = (1 - share) * T_from[:3, 3] + share * T_to[:3, 3]
+            if self._judge(T, q_rad, at_start) is None:
+                return T, [clip]
+        return T_from, [clip]
+
+    def _judge(self, T: np.ndarray, q_rad: np.ndarray, before: Margins | None) -> Clip | None:
+        """What a pose breaks."""
+        now = self._margins_at(T, q_rad)
+        if now is None:
+            return Clip("reach", 1.0, 0.0) if before is not None else None
+        for name, wanted in (
+            ("joint_rad", self.limits.joint_margin_rad),
+            ("links_m", self.limits.self_collision_margin_m),
+        ):
+            value = getattr(now, name)
+            if value < wanted and (before is None or value < getattr(before, name) - 1e-6):
+                return Clip(f"margin_{name}", value, wanted)
+        return None
+
+    def _margins_at(self, T: np.ndarray, q_rad: np.ndarray) -> Margins | None:
+        q = self.solve(T, q_rad)
+        return None if q is None else self.margins(q)
+
+    def _add_capsule(self, link: int, start_m: np.ndarray, end_m: np.ndarray, radius_m: float) -> None:
+        way = end_m - start_m
+        length_m = float(np.linalg.norm(way))
+        R = pin.Quaternion.FromTwoVectors(np.array([0.0, 0.0, 1.0]), way / length_m).matrix()
+        frame = self._model.frames[self._model.getFrameId(f"link{link}")]
+        placement = frame.placement * pin.SE3(R, (start_m + end_m) / 2)
+        name = f"link{link}_{self._shapes.ngeoms}"
+        capsule = coal.Capsule(radius_m, length_m)
+        self._shapes.addGeometryObject(pin.GeometryObject(name, frame.parentJoint, placement, capsule))

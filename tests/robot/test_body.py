@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from franky_sim import FR3_URDF
+
+from bridge import pose
+from bridge.embodiment import Embodiment
+from robot.body import Body
+from robot.safety import SafetyLimits, safe_step
+from sim.stand_in.kinematics import ArmKinematics
+from sim.stand_in.scene import T_FLANGE_TCP
+
+HOME = np.array(Embodiment().home_joint_pos_rad)
+CROSSED = np.array([0.0, 1.5, 0.0, -2.9, 0.0, 0.5, 0.785])  # the wrist folded back towards the upper arm
+
+
+@pytest.fixture(scope="module")
+def body():
+    return Body(FR3_URDF, T_FLANGE_TCP, SafetyLimits())
+
+
+def test_forward_kinematics_agree_with_the_cells_arm(body):
+    other, rng = ArmKinematics(), np.random.default_rng(0)
+    for _ in range(20):
+        q = HOME + rng.uniform(-0.3, 0.3, 7)
+        pos_m, R = other.forward(q)
+        T = body.tcp(q)
+        assert np.allclose(T[:3, 3], pos_m, atol=1e-5)
+        assert np.allclose(T[:3, :3], R, atol=1e-5)
+
+
+def test_margins_at_home_and_folded(body):
+    home, folded = body.margins(HOME), body.margins(CROSSED)
+    assert home.joint_rad == pytest.approx(3.077 - 2.5895, abs=1e-3)  # joint 4
+    assert home.links_m > 0.1
+    assert folded.links_m < 0.02
+
+
+def test_joints_of_a_pose_are_found_and_lead_there(body):
+    T = pose.integrate(body.tcp(HOME), [0.05, -0.08, 0.04, 0.1, 0, 0.2, 0])
+    assert np.allclose(body.tcp(body.solve(T, HOME)), T, atol=2e-4)
+    T[0, 3] = 2.0
+    assert body.solve(T, HOME) is None
+
+
+def walk(body, action, num_steps=60):
+    """Steps of one action from home, joints following: where it ends, and all that was cut."""
+    T, q, cut = body.tcp(HOME), HOME, []
+    for _ in range(num_steps):
+        step = safe_step(T, action, 0.1, body.limits, lambda a, b, q=q: body.limit(a, b, q))
+        T, q = step.T_target, body.solve(step.T_target, q)
+        cut += [clip.limit for clip in step.clips]
+        margins = body.margins(q)
+        assert margins.joint_rad > body.limits.joint_margin_rad - 1e-6
+        assert margins.links_m > body.limits.self_collision_margin_m - 1e-6
+    return T, cut
+
+
+@pytest.mark.parametrize(
+    ("action", "limit"),
+    [
+        ([0, 0, 0, 0, 0, 0.1, 0], "margin_joint_rad"),  # joint 7 turns until its end
+        ([-0.03, 0, 0, 0, 0, 0, 0], "margin_joint_rad"),  # joint 4 folds
+        ([0.05, 0.0, 0.05, 0, 0, 0, 0], "reach"),
+    ],
+)
+def test_no_walk_loses_a_margin(body, action, limit):
+    T, cut = walk(body, action)
+    assert limit in cut
+    still = body.limit(T, T, body.solve(T, HOME) if limit != "margin_joint_rad" else HOME)
+    assert still[0] is T
+
+
+def test_a_wide_margin_stops_before_the_links_come_near():
+    wide = Body(FR3_URDF, T_FLANGE_TCP, SafetyLimits(self_collision_margin_m=0.15))
+    _, cut = walk(wide, [-0.02, 0, 0.01, 0, 0, 0, 0], 20)
+    assert "margin_links_m" in cut
+
+
+def test_another_robot_is_refused():
+    with pytest.raises(ValueError, match="0 joints"):
+        Body('<robot name="x"><link name="base"/></robot>', np.eye(4), SafetyLimits())
