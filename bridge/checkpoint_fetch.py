@@ -264,7 +264,7 @@ class CheckpointSubscriber:
             self._resume_s = now_s + SILENCE_S  # ask again then, unless it comes before
 
     def _take(self, message: Message) -> None:
-        sha, data = text(message.body, "sha256"), message.body.get("data")
+        sha, data = text(message.body, "hash"), message.body.get("data")
         if message.kind == "current":
             self._consider(message.body)
         elif message.kind == "absent" and self._target is not None:

@@ -33,6 +33,7 @@ from bridge.transfer import BlockSource
 __all__ = ["CheckpointPublisher", "CheckpointSubscriber"]
 
 ANNOUNCED = "announced.json"
+MAX_WANTED = 8 * WINDOW  # hashes that one subscriber may have waiting here; ours asks for WINDOW
 
 
 class CheckpointPublisher:
@@ -178,7 +179,7 @@ class CheckpointPublisher:
                 hashes = message.body.get("hashes")
                 wanted = [sha for sha in hashes if isinstance(sha, str)] if isinstance(hashes, list) else []
                 queue = self._wanted.setdefault(caller.uid, (caller, {}))[1]
-                queue.update(dict.fromkeys(wanted[: WINDOW - len(queue)]))
+                queue.update(dict.fromkeys(wanted[: MAX_WANTED - len(queue)]))
             case "current":
                 self._end.send(caller, "current", self._announced)
             case "confirm":
@@ -194,8 +195,8 @@ class CheckpointPublisher:
         data = self._block(sha)
         if data is None:
             self._counts["absent"] += 1
-            self._end.send(caller, "absent", {"sha256": sha[:64]})
-        elif not self._end.send(caller, "block", {"sha256": sha, "data": Blob(data)}):
+            self._end.send(caller, "absent", {"hash": sha[:80]})
+        elif not self._end.send(caller, "block", {"hash": sha, "data": Blob(data)}):
             return  # gone; it says hello and asks again when it is back
         else:
             self._rate.spend(len(data))

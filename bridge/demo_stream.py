@@ -190,7 +190,7 @@ class DemoSender:
                 for sha in field(message.body, "hashes", list)[:WINDOW]:
                     data = source.get(sha) if isinstance(sha, str) else None
                     if data is not None:
-                        self._end.send(encode("block", {"uuid": uuid, "sha256": sha, "data": Blob(data)}))
+                        self._end.send(encode("block", {"uuid": uuid, "hash": sha, "data": Blob(data)}))
                         self._counts["bytes_sent"] += len(data)
             case "stored":
                 self._offered = None
@@ -294,7 +294,7 @@ class DemoReceiver:
                     else:  # damaged under way; it will be offered again
                         self._end.counts["corrupt"] += 1
                 case "block" if uuid in self._under_way:
-                    self._take_block(caller, uuid, field(message.body, "sha256", str), message.body)
+                    self._take_block(caller, uuid, field(message.body, "hash", str), message.body)
         except CorruptData as error:
             self._forget(uuid)
             if message.kind == "offer":

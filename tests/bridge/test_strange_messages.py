@@ -22,10 +22,10 @@ VALUES = [None, True, -1, 2**64 - 1, 0.5, float("nan"), "", "x" * 100, "0" * 64,
 VALUES += [np.zeros(3), np.zeros((0, 0, 3), np.uint8), np.zeros(9000), Blob(b"x")]
 KINDS = ("hello", "infer", "want", "current", "confirm", "offer", "block", "nonsense")
 FIELDS = ("id", "budget_s", "sent_ns", "images", "state", "age_ns", "instruction", "hashes", "version", "uuid")
-FIELDS += ("sha256", "data", "manifest", "role", "uid", "contract_hash", "policy_version", "name")
+FIELDS += ("sha256", "hash", "data", "manifest", "role", "uid", "contract_hash", "policy_version", "name")
 ANSWERS = ("welcome", "mismatch", "refused", "who", "chunk", "error", "current", "block", "absent", "want", "stored")
 ANSWER_FIELDS = ("id", "error", "message", "actions", "start_ns", "period_ns", "policy_version", "contract", "reason")
-ANSWER_FIELDS += ("announcement", "signature", "sha256", "data", "hashes", "uuid")
+ANSWER_FIELDS += ("announcement", "signature", "hash", "data", "hashes", "uuid")
 
 
 def strange_bodies(kinds, fields, **good):
