@@ -128,6 +128,8 @@ def open_policy(config: TrainConfig, start: Path) -> Any:
         policy.freeze_eyes()
     if config.noise_level is not None:
         policy.config.flow.noise_level = config.noise_level
+    if config.algo.algorithm == "ppo" and getattr(policy, "value_head", None) is None:
+        raise ValueError(f"{start} has no critic: train it with policy.add_value_head=true or set algo.algorithm=grpo")
     return policy
 
 

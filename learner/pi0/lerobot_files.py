@@ -80,7 +80,7 @@ def processor_files(policy: "Pi0Policy") -> dict[str, bytes]:
     after = [back, _step("absolute_actions_processor", enabled=False), device]
     statistics = {f"{STATE}.{name}": value for name, value in policy.state_normaliser.statistics.items()}
     statistics |= {f"{ACTION}.{name}": value for name, value in policy.action_normaliser.statistics.items()}
-    tensors = save({key: value.cpu().contiguous() for key, value in statistics.items()})
+    tensors = save({key: value.cpu().clone() for key, value in statistics.items()})
     files = {}
     for name, pipeline in ((PREPROCESSOR, steps), (POSTPROCESSOR, after)):
         for index, step in enumerate(pipeline):

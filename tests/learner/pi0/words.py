@@ -1,4 +1,6 @@
-"""A tokenizer for tests: one token a byte, called like any transformers tokenizer."""
+"""Tokenizers for tests: one token a byte, called like any transformers tokenizer, and a real one."""
+
+from pathlib import Path
 
 import torch
 
@@ -16,3 +18,16 @@ class ByteTokenizer:
             ids[row, : len(codes)] = torch.tensor(codes)
             mask[row, : len(codes)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A real transformers tokenizer as a folder, one token a character: stands where PaliGemma's would be."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        token: index for index, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *map(chr, range(256))])
+    }
+    rules = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return folder
