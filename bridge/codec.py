@@ -146,8 +146,9 @@ def decode(
     if not isinstance(content, list) or len(content) != 3:
         raise CorruptData("the header is not [version, kind, body]")
     version, kind, body = content
-    if version != PROTOCOL_VERSION:
-        raise SchemaMismatch(f"protocol version: ours {PROTOCOL_VERSION}, theirs {version!r}. Update the older side.")
+    if type(version) is not int or version != PROTOCOL_VERSION:  # an array would answer == with an array
+        theirs = repr(version)[:40]
+        raise SchemaMismatch(f"protocol version: ours {PROTOCOL_VERSION}, theirs {theirs}. Update the older side.")
     if not isinstance(kind, str) or not isinstance(body, dict):
         raise CorruptData("the header is not [version, kind, body]")
     _check_tree(body, limits.depth)

@@ -99,6 +99,14 @@ def test_another_protocol_version_is_named():
         decode([header([99, "hello", {}])])
 
 
+def test_a_protocol_version_of_another_type_is_no_version():
+    """Found by fuzzing: an array compared with a number is no truth value."""
+    array = msgpack.ExtType(codec.ARRAY_INLINE, msgpack.packb(("|u1", (2,), b"ab")))
+    for version in (array, True, 1.0, "1", None, [1]):
+        with pytest.raises(SchemaMismatch, match="protocol version"):
+            decode([header([version, "hello", {}])])
+
+
 def extension(code, *parts):
     return msgpack.ExtType(code, msgpack.packb(parts if len(parts) != 1 else parts[0]))
 
