@@ -132,7 +132,7 @@ class TargetPath:
         elif self._is_braking and not velocity.any():
             self._T_next = self.T_target  # as foreseen, without the rounding of a hundred steps
         else:
-            self._T_next = pose.pose(T[:3, 3] + h * velocity[0], _rotation(h * velocity[1]) @ T[:3, :3])
+            self._T_next = pose.pose(T[:3, 3] + h * velocity[0], rotation_of(h * velocity[1]) @ T[:3, :3])
         clips = [Clip(UNITS[name][n] if name in UNITS else name, *cut) for n in (0, 1) for name, cut in cuts[n].items()]
         self.num_clips.update(clip.limit for clip in clips)
         return clips
@@ -141,7 +141,7 @@ class TargetPath:
         """Velocities [2, 3] of the next step, what was cut, and whether it ends at the goal. Where no way out would be
         left, the last one is taken."""
         velocity, cuts, limits = np.empty((2, 3)), [], (self._moving, self._turning)
-        ways = (T_goal[:3, 3] - T[:3, 3], _vector(T_goal[:3, :3] @ T[:3, :3].T))
+        ways = (T_goal[:3, 3] - T[:3, 3], vector_of(T_goal[:3, :3] @ T[:3, :3].T))
         left = (
             np.linalg.norm(self.T_target[:3, 3] - T[:3, 3]),
             pose.rotation_angle(self.T_target[:3, :3] @ T[:3, :3].T),
@@ -179,7 +179,7 @@ class TargetPath:
         assert turn is not None
         T[:3, 3] += move[-1] if len(move) else 0.0
         for step in np.diff(turn, axis=0, prepend=np.zeros((1, 3))):
-            T[:3, :3] = _rotation(step) @ T[:3, :3]
+            T[:3, :3] = rotation_of(step) @ T[:3, :3]
         self.T_target = self._T_from = self._T_requested = self._T_requested_from = T
         self._start_ns = self._end_ns = 0
 
@@ -189,15 +189,15 @@ class TargetPath:
         return max(0.0, (now_ns - self._start_ns) / (self._end_ns - self._start_ns))
 
 
-def _vector(R: np.ndarray) -> np.ndarray:
+def vector_of(R: np.ndarray) -> np.ndarray:
     """Rotation vector [3] of a rotation by less than pi."""
     skew = 0.5 * np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
     sine = float(np.linalg.norm(skew))
     return skew if sine < 1e-12 else skew * (float(pose.rotation_angle(R)) / sine)
 
 
-def _rotation(vector: np.ndarray) -> np.ndarray:
-    """Inverse of `_vector` (Rodrigues)."""
+def rotation_of(vector: np.ndarray) -> np.ndarray:
+    """Inverse of `vector_of` (Rodrigues)."""
     angle = float(np.linalg.norm(vector))
     if angle < 1e-15:
         return np.eye(3)
