@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         return 1
     endpoint = config.endpoint or ENDPOINTS[action]
     try:
-        keys = Keys(Path(config.keys).expanduser(), config.peer) if config.keys else None
+        keys = Keys.at(config.keys, config.peer)
         {"top": top, "echo": echo, "bench": bench}[action](endpoint, keys, config)
     except (ValueError, BridgeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         store = DatasetStore.open_or_create(Path(config.root), config.repo_id, config.embodiment, config.fps)
-        receiver = DemoReceiver(config.endpoint, store, keys=Keys(Path(config.keys)) if config.keys else None)
+        receiver = DemoReceiver(config.endpoint, store, keys=Keys.at(config.keys))
     except ValueError as error:
         print(f"error: {error}")
         return 1

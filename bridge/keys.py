@@ -69,6 +69,11 @@ class Keys:
         self._allowed_stamp: tuple[int, int] | None = None
 
     @classmethod
+    def at(cls, folder: str | None, peer: str | None = None) -> "Keys | None":
+        """The keys that a setting names; None where it is empty: clear text, which only loopback and ipc allow."""
+        return cls(Path(folder).expanduser(), peer or None) if folder else None
+
+    @classmethod
     def new(cls, folder: Path, name: str, role: str) -> "Keys":
         """Make a key pair. Raises ValueError when the folder already holds one: keys are never overwritten."""
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -1,4 +1,7 @@
-"""Pictures compressed for slow links: JPEG, or PNG where every bit counts.
+"""Pictures at a policy's size, and compressed for slow links: JPEG, or PNG where every bit counts.
+
+A policy makes its input from a camera picture by `area_resize` or by `pad_resize` (the contract's
+`image_preprocessing`); a robot may do that before it sends (`PictureFormat.apply`) and the policy then changes nothing.
 
 Raw pictures are faster on loopback and gigabit (compressing costs more than sending); on Wi-Fi two 640x480 pictures at
 20 Hz would need 300 Mbit/s. libjpeg-turbo (`simplejpeg`) is used where it is installed, Pillow otherwise.
@@ -7,7 +10,9 @@ Raw pictures are faster on loopback and gigabit (compressing costs more than sen
 import functools
 import importlib
 import io
+from dataclasses import asdict, dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +21,65 @@ from bridge.errors import CorruptData
 
 CODINGS = ("raw", "jpeg", "png")
 JPEG_QUALITY = 90
+MAX_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class PictureFormat:
+    """How a policy wants its pictures: height and width, and whether they are padded there (undistorted) or resized."""
+
+    height: int
+    width: int
+    padded: bool
+
+    def apply(self, picture: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] -> uint8 [height, width, 3]."""
+        resize = pad_resize if self.padded else area_resize
+        return resize(picture[None], (self.height, self.width))[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, content: Any) -> "PictureFormat | None":
+        """What a server said, None where it said nothing. Raises CorruptData for nonsense."""
+        if content is None:
+            return None
+        sides = [content.get("height"), content.get("width")] if isinstance(content, dict) else []
+        if not sides or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+            raise CorruptData(f"picture format {content!r:.100}")
+        return cls(*sides, bool(content.get("padded")))
+
+
+def area_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> uint8 [N, *size, 3], `size` (height, width); the contract's `area_resize`.
+
+    Data cache, policy server, rollouts and robots all come through here, so a picture means the same in all of them.
+    """
+    if pictures.shape[1:3] == size:
+        return pictures
+    cv2 = _cv2()
+    out = np.empty((len(pictures), *size, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        cv2.resize(picture, (size[1], size[0]), dst=out[index], interpolation=cv2.INTER_AREA)
+    return out
+
+
+def pad_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> uint8 [N, *size, 3]: undistorted, bilinear, centred on black; the resize of pi0
+    (`learner.vision.pad_resize`), rounded."""
+    if pictures.shape[1:3] == size:
+        return pictures
+    cv2 = _cv2()
+    height, width = pictures.shape[1:3]
+    ratio = max(width / size[1], height / size[0])
+    rows, columns = int(height / ratio), int(width / ratio)
+    top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
+    out = np.zeros((len(pictures), *size, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        small = cv2.resize(picture.astype(np.float32), (columns, rows), interpolation=cv2.INTER_LINEAR)
+        out[index, top : top + rows, left : left + columns] = np.rint(small)
+    return out
 
 
 def compress(image: np.ndarray, coding: str, quality: int = JPEG_QUALITY) -> np.ndarray | Picture:
@@ -53,6 +117,12 @@ def open_picture(data: memoryview, coding: str, shape: tuple[int, ...]) -> np.nd
             return np.asarray(picture)
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
         raise CorruptData(f"a picture that does not decode: {error}") from error
+
+
+def _cv2() -> Any:
+    if (cv2 := _library("cv2")) is None:
+        raise ValueError("pictures are resized by OpenCV: pip install opencv-python-headless")
+    return cv2
 
 
 @functools.cache

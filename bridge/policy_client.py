@@ -17,7 +17,7 @@ from bridge.errors import BridgeError, BridgeTimeout, CorruptData, Refused, Sche
 from bridge.handshake import CallerEnd
 from bridge.keys import Keys
 from bridge.messages import ActionChunk, Observation
-from bridge.pictures import CODINGS, compress
+from bridge.pictures import CODINGS, PictureFormat, compress
 
 SILENCE_S = 1.0  # of a server that lets requests time out, before it is greeted anew
 ANSWERED_ERRORS = {error.__name__: error for error in (BridgeTimeout, CorruptData, Refused, SchemaMismatch)}
@@ -34,6 +34,7 @@ class Pending:
 class PolicyClient:
     """One thread only. Pictures are sent without a copy: leave an observation's arrays unchanged until its answer.
     picture_coding: `raw` (loopback, gigabit), `jpeg` or the lossless `png` for slower links.
+    resize_pictures: prepare them here, at the size and by the resize that the server names, instead of at the server.
 
     Example:
         client = PolicyClient("tcp://127.0.0.1:5601", embodiment)
@@ -53,6 +54,7 @@ class PolicyClient:
         limits: Limits = DEFAULT_LIMITS,
         allow_contract_mismatch: list[str] | None = None,
         picture_coding: str = "raw",
+        resize_pictures: bool = False,
     ):
         if picture_coding not in CODINGS:
             raise ValueError(f"picture_coding {picture_coding!r}: allowed are {', '.join(CODINGS)}")
@@ -60,7 +62,8 @@ class PolicyClient:
             raise ValueError(f"max_in_flight {max_in_flight}: at least 1")
         self.policy_version = -1
         self.max_in_flight = max_in_flight
-        self._picture_coding = picture_coding
+        self._picture_coding, self._resize_pictures = picture_coding, resize_pictures
+        self._picture_format: PictureFormat | None = None
         self._period_ns = round(1e9 / embodiment.policy_rate_hz)
         self._pending: dict[int, Pending] = {}
         self._expired: deque[BridgeError] = deque()
@@ -95,8 +98,7 @@ class PolicyClient:
         request, self._next_id = self._next_id, self._next_id + 1
         now_s = time.monotonic()
         body = observation_body(observation)
-        if self._picture_coding != "raw":
-            body["images"] = {name: compress(image, self._picture_coding) for name, image in observation.images.items()}
+        body["images"] = {name: self._picture(image) for name, image in observation.images.items()}
         body |= {"id": request, "budget_s": float(deadline_s), "sent_ns": round(now_s * 1e9)}
         self._pending[request] = Pending(encode("infer", body), now_s + deadline_s, now_s)
         self._counts["submitted"] += 1
@@ -166,6 +168,7 @@ class PolicyClient:
             version = self._end.welcome.get("policy_version")
             if isinstance(version, int):
                 self.policy_version = version
+            self._note_format(self._end.welcome)
         now_s = time.monotonic()
         for request in [r for r, p in self._pending.items() if p.deadline_s <= now_s]:
             pending = self._pending.pop(request)
@@ -177,6 +180,15 @@ class PolicyClient:
                 self._doubted_s = now_s
                 self._end.doubt()
         self._send_pending()
+
+    def _note_format(self, body: dict[str, Any]) -> None:
+        if self._resize_pictures:
+            self._picture_format = PictureFormat.from_message(body.get("pictures"))
+
+    def _picture(self, image: np.ndarray) -> Any:
+        if self._resize_pictures and self._picture_format is not None:
+            image = self._picture_format.apply(image)
+        return compress(image, self._picture_coding)
 
     def _hello(self) -> dict[str, Any]:
         return {"policy_version": self.policy_version}
@@ -216,4 +228,5 @@ class PolicyClient:
         if not np.isfinite(actions).all():
             raise CorruptData("actions hold numbers that are not finite")
         start_ns, version = field(body, "start_ns", int), field(body, "policy_version", int)
+        self._note_format(body)
         return ActionChunk(actions, start_ns, field(body, "period_ns", int), version)

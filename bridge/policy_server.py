@@ -20,7 +20,7 @@ from bridge.errors import BridgeError, CorruptData
 from bridge.handshake import Caller, ListenerEnd
 from bridge.keys import Keys
 from bridge.messages import Observation
-from bridge.pictures import open_picture
+from bridge.pictures import PictureFormat, open_picture
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class PolicyServer:
     """`infer` gets up to `max_batch` observations; it returns actions float32 [n, H, 7] and the version that made them.
 
     A ValueError, RuntimeError or ArithmeticError of `infer` is answered to the robots of that batch and logged;
-    anything else ends the server (after answering).
+    anything else ends the server (after answering). `pictures`: at which size and by which resize the policy takes
+    its pictures, for robots that prepare them before they send; it may change with the policy, at any time.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class PolicyServer:
         keys: Keys | None = None,
         limits: Limits = DEFAULT_LIMITS,
         policy_version: int = -1,
+        pictures: PictureFormat | None = None,
     ):
         if max_batch < 1:
             raise ValueError(f"max_batch {max_batch}: at least 1")
         self.embodiment, self.max_batch, self.policy_version = embodiment, max_batch, policy_version
+        self.pictures = pictures
         self._infer = infer
         self._waiting: dict[bytes, deque[Request]] = {}
         self._turn: deque[bytes] = deque()  # whose request is next
@@ -99,7 +102,10 @@ class PolicyServer:
         )
 
     def _welcome(self, caller: Caller) -> dict[str, Any]:
-        return {"policy_version": self.policy_version}
+        return {"policy_version": self.policy_version, "pictures": self._picture_format()}
+
+    def _picture_format(self) -> dict[str, Any] | None:
+        return self.pictures.to_dict() if self.pictures else None
 
     def _take(self, caller: Caller, message: Any) -> None:
         """Queue a request, or answer what is wrong with it."""
@@ -168,6 +174,7 @@ class PolicyServer:
                 "start_ns": request.observation.stamp_ns,
                 "period_ns": period_ns,
                 "policy_version": int(version),
+                "pictures": self._picture_format(),
             }
             self._counts["answered"] += self._end.send(request.caller, "chunk", body)
 

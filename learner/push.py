@@ -62,7 +62,7 @@ def push(config: PushConfig) -> dict:
     info = verify_bundle(folder)
     limit = config.max_mb_per_s * 1e6 or None
     endpoints = (config.announce_endpoint, config.fetch_endpoint)
-    keys = Keys(Path(config.keys)) if config.keys else None
+    keys = Keys.at(config.keys)
     publisher = CheckpointPublisher(*endpoints, root, keys=keys, max_bytes_per_s=limit)
     bundle_bytes = sum(path.stat().st_size for path in folder.iterdir())
     started_s = time.monotonic()

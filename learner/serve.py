@@ -6,9 +6,10 @@ and takes over between two requests. Every chunk carries the version that made i
 """
 
 import logging
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +23,15 @@ from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
 from bridge.keys import Keys
 from bridge.messages import Observation
+from bridge.pictures import PictureFormat
 from bridge.policy_server import PolicyServer
+from bridge.shadow import Shadow
 from learner.load import load_policy
 from learner.policy import ObservationBatch, Policy
 
 log = logging.getLogger(__name__)
+
+LOADING_NICE = 10  # of the thread that loads, beside loops that must not miss a tick
 
 
 @dataclass
@@ -41,6 +46,7 @@ class ServeConfig:
     threads: int = 1  # of torch; the cell and the nodes share a laptop's cores
     device: str = "cpu"
     keys: str = ""  # key folder; needed unless every endpoint is loopback or ipc
+    shadow_batches: int = 0  # a new version first infers beside the running one for so many batches; 0: takes over
     embodiment: Embodiment = field(default_factory=Embodiment)
 
 
@@ -50,6 +56,14 @@ class Loaded:
 
     policy: Policy
     version: int
+
+    @property
+    def pictures(self) -> PictureFormat:
+        return PictureFormat(*self.policy.picture_size, self.policy.pads_pictures)
+
+    def infer(self, observations: list[Observation]) -> tuple[np.ndarray, int]:
+        """float32 [n, H, 7] and the version."""
+        return self.policy.infer(collate(observations, self.pictures)).numpy(), self.version
 
 
 class SwappingPolicy:
@@ -82,13 +96,18 @@ class SwappingPolicy:
         loaded = self._loaded
         if loaded is None:
             raise RuntimeError("no policy yet: the server waits for the first checkpoint")
-        return loaded.policy.infer(collate(observations)).numpy(), loaded.version
+        return loaded.infer(observations)
 
 
-def collate(observations: list[Observation]) -> ObservationBatch:
-    """Pictures that differ in size between robots cannot be batched: the contract forbids it."""
-    cameras = observations[0].images
-    images = {name: torch.from_numpy(np.stack([o.images[name] for o in observations])) for name in cameras}
+def collate(observations: list[Observation], pictures: PictureFormat) -> ObservationBatch:
+    """Pictures of one size stay as they came, for the policy to prepare. Where some robots have prepared theirs and
+    others have not, those others' are prepared here."""
+    images = {}
+    for name in observations[0].images:
+        views = [o.images[name] for o in observations]
+        if len({view.shape for view in views}) > 1:
+            views = [pictures.apply(view) for view in views]
+        images[name] = torch.from_numpy(np.stack(views))
     state = torch.from_numpy(np.stack([o.state for o in observations]).astype(np.float32))
     return ObservationBatch(images, state, [o.instruction for o in observations])
 
@@ -98,58 +117,92 @@ def blank_observation(embodiment: Embodiment) -> ObservationBatch:
     return ObservationBatch(images, torch.zeros(1, 7), [embodiment.instructions[0] if embodiment.instructions else ""])
 
 
-def follow(
-    policy: SwappingPolicy,
-    subscriber: CheckpointSubscriber,
-    adopted: Callable[[int], None],
-    stop: threading.Event,
-) -> None:
-    """Consumes verified bundles, produces swaps; waits on the subscriber, ends on `stop`. A bundle that will not load
-    is reported and skipped: the running policy stays."""
-    while not stop.is_set():
-        folder = subscriber.poll()
-        if folder is None:
-            stop.wait(0.1)
-            continue
+class Follower(threading.Thread):
+    """Turns verified bundles into swaps: loads each at low priority, shows it to the shadow if that is asked for, and
+    lets it take over. A bundle that will not load is reported and skipped: the running policy stays."""
+
+    def __init__(self, policy: SwappingPolicy, subscriber: CheckpointSubscriber, server: PolicyServer, shadow: Shadow):
+        super().__init__(name="checkpoints")
+        self._policy, self._subscriber, self._server, self._shadow = policy, subscriber, server, shadow
+        self.shadow_batches = 0
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)  # of this thread alone
         try:
-            loaded = policy.load(folder)
+            while not self.stop.wait(0.1):
+                self._look()
+        finally:
+            self.stop.set()  # a server that can swap no more ends, and says why
+
+    def _look(self) -> None:
+        try:
+            if (folder := self._subscriber.poll()) is not None:
+                self._adopt(self._policy.load(folder))
         except (BridgeError, ValueError) as error:
-            log.error("checkpoint %s is not used: %s", folder.name, error)
-            continue
-        policy.offer(loaded)
-        adopted(loaded.version)
-        subscriber.confirm(loaded.version)
+            log.error("a checkpoint is not used: %s", error)
+
+    def _adopt(self, loaded: Loaded) -> None:
+        if self.shadow_batches and self._policy.version >= 0:
+            self._compare(loaded)
+        self._policy.offer(loaded)
+        self._server.policy_version, self._server.pictures = loaded.version, loaded.pictures
+        self._subscriber.confirm(loaded.version)
         log.info("now serving version %d", loaded.version)
 
+    def _compare(self, loaded: Loaded) -> None:
+        """Until the new version was asked often enough beside the running one; each disagreement is logged."""
+        compared = self._shadow.compared
+        self._shadow.watch(loaded.infer)
+        while self._shadow.compared - compared < self.shadow_batches and not self.stop.wait(0.05):
+            continue
+        self._shadow.watch(None)
 
-def main(argv: list[str]) -> None:
+
+def main(argv: list[str]) -> int:
     config = command_line("serve", ServeConfig, argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     torch.set_num_threads(config.threads)
+    try:
+        serve(config)
+    except (BridgeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def serve(config: ServeConfig) -> None:
+    """Until SIGINT or SIGTERM. Raises ValueError or BridgeError for what a person has to put right."""
     root = Path(config.root)
     root.mkdir(parents=True, exist_ok=True)
     policy = SwappingPolicy(config.embodiment, config.device)
+    pictures = None
     if newest := latest_bundle(root):
-        policy.offer(policy.load(newest))
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    keys, version = Keys(Path(config.keys)) if config.keys else None, policy.version
+        policy.offer(loaded := policy.load(newest))
+        pictures = loaded.pictures
+    keys, version = Keys.at(config.keys), policy.version
+    shadow = Shadow(policy, lambda found: log.info("shadow: %s", found))
     server = PolicyServer(
-        config.endpoint, config.embodiment, policy, max_batch=config.max_batch, keys=keys, policy_version=version
+        config.endpoint,
+        config.embodiment,
+        shadow,
+        max_batch=config.max_batch,
+        keys=keys,
+        policy_version=version,
+        pictures=pictures,
     )
     endpoints = (config.announce_endpoint, config.fetch_endpoint)
     subscriber = CheckpointSubscriber(*endpoints, root, config.embodiment, keys=keys, current_version=version)
-
-    def adopted(version: int) -> None:
-        server.policy_version = version
-
-    follower = threading.Thread(target=follow, args=(policy, subscriber, adopted, stop), name="checkpoints")
+    follower = Follower(policy, subscriber, server, shadow)
+    follower.shadow_batches = config.shadow_batches
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: follower.stop.set())
     follower.start()
     print(f"policy server ready at {server.endpoint}, version {policy.version}", flush=True)
     try:
-        server.serve_forever(stop)
+        server.serve_forever(follower.stop)
     finally:
-        stop.set()
+        follower.stop.set()
         follower.join()
         subscriber.close()
+        shadow.close()

@@ -7,24 +7,12 @@ expected pixel is the feature. Source: Levine et al., End-to-End Training of Dee
 
 import math
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def area_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [N, H, W, 3] -> uint8 [N, *size, 3], `size` (height, width); the contract's `area_resize`.
-
-    Data cache, policy server and rollouts all come through here, so a picture means the same in all three.
-    """
-    if pictures.shape[1:3] == size:
-        return pictures
-    out = np.empty((len(pictures), *size, 3), np.uint8)
-    for index, picture in enumerate(pictures):
-        cv2.resize(picture, (size[1], size[0]), dst=out[index], interpolation=cv2.INTER_AREA)
-    return out
+from bridge.pictures import area_resize as area_resize  # also for those who import it from here
 
 
 def pad_resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:

@@ -30,6 +30,7 @@ from bridge.dataset import DatasetStore
 from bridge.demo_stream import DemoSender
 from bridge.episode import finished_episodes, remove_episode, remove_unfinished
 from bridge.errors import BridgeError
+from bridge.keys import Keys
 from robot import params
 from robot.config import setting
 from robot.recorder import EpisodeRecorder, RecorderConfig
@@ -49,6 +50,8 @@ class RecorderNodeConfig:
     repo_id: str = setting("cotwin/demonstrations", "LeRobot's name of the data set")
     spool_dir: str = setting("", "where episodes are written and wait to be sent")
     demos_endpoint: str = setting("", "learner that takes episodes, such as tcp://127.0.0.1:5602; empty: none")
+    keys: str = setting("", "folder of our keys (`cotwin keys`); empty: clear text, on loopback only")
+    peer: str = setting("", "name of the key at the other end, where several could be")
     domain: str = setting("real", "real, stand_in or twin")
     instruction: str = setting("", "what is shown; empty: the first instruction of the embodiment contract")
     recorder: RecorderConfig = field(default_factory=RecorderConfig)
@@ -102,7 +105,8 @@ class RecorderNode(Node):
         if self.recordings.is_dir():
             remove_unfinished(self.recordings)
         if self.config.demos_endpoint:
-            self.sender = DemoSender(self.config.demos_endpoint, self.embodiment, self.spool / "outgoing")
+            keys = Keys.at(self.config.keys, self.config.peer)
+            self.sender = DemoSender(self.config.demos_endpoint, self.embodiment, self.spool / "outgoing", keys=keys)
         elif self.config.dataset_root:
             root, fps = Path(self.config.dataset_root), self.config.recorder.fps
             self.store = DatasetStore.open_or_create(root, self.config.repo_id, self.embodiment, fps)

@@ -23,6 +23,8 @@ from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
 from bridge import pose
+from bridge.embodiment import Embodiment
+from bridge.keys import Keys
 from bridge.policy_client import PolicyClient
 from robot import params
 from robot.clock import RobotClock
@@ -41,7 +43,7 @@ class RuntimeNode(Node):
         self.config = params.declare(self, RuntimeConfig, writable=("instruction",))
         self.clock = RobotClock(self)
         self.observer = Observer(list(self.embodiment.cameras), round(self.config.max_age_s * 1e9), _decode)
-        client = PolicyClient(self.config.policy_endpoint, self.embodiment) if self.config.policy_endpoint else None
+        client = policy_client(self.config, self.embodiment)
         self.runtime = Runtime(
             self.config, self.embodiment, self.observer, client, self._publish_action, self.clock.now_ns
         )
@@ -132,6 +134,20 @@ class RuntimeNode(Node):
         level = DiagnosticStatus.WARN if state == "HOLD" else DiagnosticStatus.OK
         text = f"{state}: {tick.reason}" if tick.reason else state
         self._status.publish(DiagnosticStatus(level=level, name="runtime", message=text, values=values))
+
+
+def policy_client(config: RuntimeConfig, embodiment: Embodiment) -> PolicyClient | None:
+    """None without a policy server. Raises ValueError for keys that are missing, and clear text that would leave this
+    machine."""
+    if not config.policy_endpoint:
+        return None
+    return PolicyClient(
+        config.policy_endpoint,
+        embodiment,
+        keys=Keys.at(config.keys, config.peer),
+        picture_coding=config.picture_coding,
+        resize_pictures=config.resize_pictures,
+    )
 
 
 def _nanoseconds(stamp: Any) -> int:
