@@ -6,7 +6,7 @@ from PIL import Image
 
 from bridge.codec import decode, encode
 from bridge.errors import CorruptData
-from bridge.pictures import compress, open_picture
+from bridge.pictures import PictureFormat, area_resize, compress, open_picture
 from tests.bridge.test_infer import client_of, observation, serving
 
 
@@ -53,3 +53,49 @@ def test_a_policy_sees_the_picture_that_was_sent():
         client.infer(sent, 5.0)
     for name, image in sent.images.items():
         np.testing.assert_array_equal(seen[0][name], image)
+
+
+def test_a_robot_prepares_its_pictures_as_the_server_says_and_follows_a_change():
+    seen = []
+
+    def infer(observations):
+        seen.append(observations[0].images["wrist"].copy())
+        return np.zeros((1, 5, 7), np.float32), 1
+
+    sent = observation(9)
+    with serving(infer) as server, client_of(server.endpoint, resize_pictures=True) as client:
+        client.infer(sent, 5.0)  # the server names no size: pictures stay as they are
+        server.pictures = PictureFormat(24, 32, padded=False)
+        client.infer(sent, 5.0)  # its answer tells
+        client.infer(sent, 5.0)
+        server.pictures = PictureFormat(20, 20, padded=True)
+        client.infer(sent, 5.0)
+        client.infer(sent, 5.0)
+    assert [image.shape[:2] for image in seen] == [(48, 64), (48, 64), (24, 32), (24, 32), (20, 20)]
+    with serving(infer, pictures=PictureFormat(24, 32, padded=False)) as server:
+        with client_of(server.endpoint, resize_pictures=True) as client:
+            client.wait_ready(5.0)
+            client.infer(sent, 5.0)  # the welcome told
+        np.testing.assert_array_equal(seen[-1], area_resize(sent.images["wrist"][None], (24, 32))[0])
+        with client_of(server.endpoint) as client:
+            client.infer(sent, 5.0)
+            client.infer(sent, 5.0)
+    assert seen[-1].shape == (48, 64, 3)  # it was not asked to
+
+
+def test_resizing_by_hand():
+    block = np.repeat(np.repeat(np.uint8([[10, 30], [50, 90]]), 2, 0), 2, 1)[..., None] * np.uint8([1, 0, 1])
+    half = PictureFormat(2, 2, padded=False).apply(block)
+    np.testing.assert_array_equal(half[..., 0], [[10, 30], [50, 90]])  # each is the mean of four equal pixels
+    assert not half[..., 1].any()
+    wide = np.full((2, 4, 3), 200, np.uint8)
+    padded = PictureFormat(4, 4, padded=True).apply(wide)
+    np.testing.assert_array_equal(padded[..., 0], [[0] * 4, [200] * 4, [200] * 4, [0] * 4])
+
+
+@pytest.mark.parametrize(
+    "content", [[], 7, {}, {"height": 0, "width": 5}, {"height": 1e3, "width": 5}, {"height": 9999}]
+)
+def test_a_nonsensical_format_is_corrupt_data(content):
+    with pytest.raises(CorruptData, match="picture format"):
+        PictureFormat.from_message(content)

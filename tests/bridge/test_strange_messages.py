@@ -25,7 +25,7 @@ FIELDS = ("id", "budget_s", "sent_ns", "images", "state", "age_ns", "instruction
 FIELDS += ("sha256", "hash", "data", "manifest", "role", "uid", "contract_hash", "policy_version", "name")
 ANSWERS = ("welcome", "mismatch", "refused", "who", "chunk", "error", "current", "block", "absent", "want", "stored")
 ANSWER_FIELDS = ("id", "error", "message", "actions", "start_ns", "period_ns", "policy_version", "contract", "reason")
-ANSWER_FIELDS += ("announcement", "signature", "hash", "data", "hashes", "uuid")
+ANSWER_FIELDS += ("announcement", "signature", "pictures", "hash", "data", "hashes", "uuid")
 
 
 def strange_bodies(kinds, fields, **good):

@@ -16,6 +16,7 @@ import pytest
 from bridge import pose
 from bridge.dataset import DatasetStore, decode_frames, read_episode, video_path
 from bridge.demo_stream import DemoReceiver
+from bridge.keys import Keys
 from tests.bridge.small_episodes import HEIGHT, WIDTH, small_embodiment
 
 rclpy = pytest.importorskip("rclpy")
@@ -174,11 +175,14 @@ def test_episodes_survive_kill_9(ros, settings):
 def test_episodes_travel_to_a_learner(ros, settings, tmp_path):
     make_cell, start = ros
     store = DatasetStore.create(tmp_path / "learner", "lab/cube", small_embodiment(), 30)
-    receiver, stop = DemoReceiver("tcp://127.0.0.1:*", store), threading.Event()
+    learner, robot = (Keys.new(tmp_path / f"{role}-keys", role, role) for role in ("learner", "robot"))
+    learner.allow(robot.me)
+    robot.allow(learner.me)
+    receiver, stop = DemoReceiver("tcp://127.0.0.1:*", store, keys=learner), threading.Event()
     thread = threading.Thread(target=receiver.serve_forever, args=(stop,))
     thread.start()
     try:
-        start(**settings, demos_endpoint=receiver.endpoint)
+        start(**settings, demos_endpoint=receiver.endpoint, keys=robot.folder)
         cell = make_cell()
         wait_for_streams(cell)
         cell.run(6)
