@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from bridge.checkpoint import write_bundle
 from bridge.embodiment import Embodiment
 from learner.load import load_policy
-from learner.pi0.bundle import bundle_files, load_lerobot, load_openpi
-from learner.pi0.config import tiny
+from learner.pi0.bundle import bundle_files, config_from_lerobot, load_lerobot, load_openpi, read_json
+from learner.pi0.config import ModelConfig, tiny
 from learner.pi0.model import Pi0Model
 from learner.pi0.normalise import Normaliser
 from learner.pi0.policy import Pi0Config, Pi0Policy
@@ -194,6 +194,23 @@ def test_actions_from_raw_observations(pair, peer_folder):
     finally:
         del peer.model.sample_noise
     assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def test_config_from_what_lerobot_saves(pair, peer_folder):
+    """Without a config of ours the shapes are the released ones, the rest is LeRobot's config.json."""
+    peer, _ = pair
+    folder, _, _ = peer_folder
+    path = folder / "config.json"
+    saved = read_json(path)
+    config = config_from_lerobot(saved, path)
+    full = ModelConfig(variant=peer.name)
+    assert (config.model.language, config.model.expert) == (full.language, full.expert)
+    assert (config.model.prompt_tokens, config.model.horizon, config.num_action_chunks) == (16, 6, 6)
+    assert (config.cameras, config.action_env_dim, config.num_inference_steps) == (CAMERAS, 7, 10)
+    with pytest.raises(ValueError, match="only pi0 and pi05"):
+        config_from_lerobot(saved | {"action_expert_variant": "gemma_2b"}, path)
+    with pytest.raises(ValueError, match="use_relative_actions"):
+        config_from_lerobot(saved | {"use_relative_actions": True}, path)
 
 
 def test_sft_loss(pair, peer_folder):

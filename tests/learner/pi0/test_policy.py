@@ -10,13 +10,12 @@ from omegaconf import OmegaConf
 from bridge.config import CONFIG_DIR
 from bridge.embodiment import Embodiment
 from learner.flow import FlowConfig
-from learner.pi0.adapters import LoraConfig
 from learner.pi0.config import GemmaConfig, ModelConfig, tiny
 from learner.pi0.inputs import load_tokenizer, prepare_images, prompts
 from learner.pi0.normalise import Normaliser
 from learner.pi0.policy import Pi0Config, Pi0Policy
 from learner.pi0.prepared import Prepared
-from learner.pi0.weights import load_released, parameter_count, released_names, to_released
+from learner.pi0.weights import parameter_count, released_names
 from learner.policy import ObservationBatch, SftBatch
 from learner.value_head import ValueHead, pool_prefix
 from tests.learner.pi0.words import ByteTokenizer
@@ -122,58 +121,8 @@ def test_prefix_gradient_reaches_the_vision_tower():
     assert policy.model.vision.patch.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("variant", ["pi05", "pi0"])
-def test_gradient_checkpointing_changes_nothing(variant):
-    found = []
-    for on in (False, True):
-        policy = make(variant, train_expert_only=False, gradient_checkpointing=on, lora=LoraConfig(4, on_expert=True))
-        batch = SftBatch(observation(), torch.rand(3, 6, 7, generator=torch.Generator().manual_seed(1)), no_padding())
-        loss = policy.sft_loss(batch, torch.Generator().manual_seed(2))
-        loss.backward()
-        found.append((loss, gradients(policy)))
-    assert abs(found[0][0] - found[1][0]) <= 1e-6
-    assert_same(found[0][1], found[1][1], 1e-6)
-
-
 def no_padding() -> torch.Tensor:
     return torch.zeros(3, 6, dtype=torch.bool)
-
-
-def test_lora_starts_neutral_trains_alone_and_merges():
-    plain, adapted = make(), make(lora=LoraConfig(4, on_prefix=True, on_expert=True), train_expert_only=True)
-    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
-    assert torch.allclose(plain.infer(observation(), seeds[0]), adapted.infer(observation(), seeds[1]), atol=1e-6)
-    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert any("language" in name and "lora_A" in name for name in names)
-    assert any("vision" in name and "lora_B" in name for name in names)
-    assert not any("base_layer" in name for name in names)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
-    moved = adapted.infer(observation(), seeds[0])
-    merged = make()
-    load_released(merged.model, to_released(adapted.model), (), "merged")
-    assert not torch.allclose(moved, plain.infer(observation(), torch.Generator().manual_seed(3)), atol=1e-3)
-    assert torch.allclose(moved, merged.infer(observation(), seeds[1]), atol=1e-4)
-
-
-def test_sft_masks_padding_and_padded_dims():
-    policy, actions = make(), torch.rand(3, 6, 7)
-    is_pad = torch.zeros(3, 6, dtype=torch.bool)
-    is_pad[:, 4:] = True
-    wrong = actions.clone()
-    wrong[:, 4:] = 99.0
-    losses = [
-        policy.sft_loss(SftBatch(observation(), a, is_pad), torch.Generator().manual_seed(1)) for a in (actions, wrong)
-    ]
-    # The late actions are still the network's input, so they may move its answer, but they are no targets.
-    assert losses[1] < 10 * losses[0]
-    unmasked = policy.sft_loss(SftBatch(observation(), wrong, no_padding()), torch.Generator().manual_seed(1))
-    assert unmasked > 100 * losses[0]
-    both = make(sft_padded_dims=True)
-    assert both.sft_loss(SftBatch(observation(), actions, is_pad), torch.Generator().manual_seed(1)) != losses[0]
 
 
 def test_working_copies_follow_the_weights():
