@@ -11,6 +11,7 @@ COMMANDS = {
     "up": ("robot.up", "start the nodes of a launch file: cotwin up launch/robot.launch.yaml arg:=value"),
     "record": ("robot.record", "record demonstrations to a LeRobot data set"),
     "eval": ("robot.evaluate", "evaluate a policy server on the robot or the stand-in cell"),
+    "camera": ("robot.camera_check", "look at every camera for some seconds: cotwin camera check serials=[...]"),
     "teleop": ("robot.teleop", "move the arm by hand: SpaceMouse, gamepad, keyboard, or a page in a browser"),
     "robot": ("robot.black_box", "go through a recorded fault again: cotwin robot replay FILE"),
     "demos": ("bridge.demo_server", "receive demonstrations from robots into a data set"),

@@ -85,6 +85,11 @@ class CameraReader:
             self._pipeline.stop()
             self._pipeline = None
 
+    def intrinsics(self) -> rs.intrinsics:
+        """The device's own calibration of the colour stream."""
+        profile = self._pipeline.get_active_profile().get_stream(rs.stream.color)
+        return profile.as_video_stream_profile().get_intrinsics()
+
     def _open(self) -> None:
         config = rs.config()
         there = [device.get_info(rs.camera_info.serial_number) for device in self._context.devices]

@@ -1,8 +1,8 @@
 """Record demonstrations to a LeRobot data set.
 
 For each episode: a fresh scene, the arm at home, recorder on, then the scripted expert (`source=expert`) or a person's
-device (`source=device`: Enter ends an episode) until the task is done or its time is over. Successes are saved,
-failures thrown away (`keep_failures=true` keeps them). A session that was interrupted goes on where it stopped.
+device (`source=device`: its marks, or Enter, end an episode) until the task is done or its time is over. Successes are
+saved, failures thrown away (`keep_failures=true` keeps them). A session that was interrupted goes on where it stopped.
 
 `demos_endpoint` sends the episodes to a learner; empty, they go to `data/<domain>` of the run's folder.
 """
@@ -151,7 +151,7 @@ def attempt_one(session: Session, config: RecordConfig, seed: int) -> dict[str, 
     if video is not None:
         video.close()
     saved: dict[str, Any] = {}
-    if success or (config.keep_failures and not fault):
+    if (success or (config.keep_failures and not fault)) and not session.scene.is_discarded:
         try:
             saved = json.loads(session.call("save_episode", success=success, timeout_s=60.0))
         except SessionError as error:
@@ -182,7 +182,7 @@ def demonstrate(session: Session, config: RecordConfig) -> bool:
         session.expert_done = None
         session.call("expert_node/start")
     else:
-        print("recording; Enter ends the episode")
+        print("recording; mark success, failure or discard, or end the episode with Enter")
     try:
         session.wait(over, SLOWEST * config.episode_timeout_s, "the episode's end", session.check_arm, every_s=0.1)
         session.spin(config.settle_s)

@@ -3,6 +3,7 @@
 import select
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -11,8 +12,13 @@ class SessionError(RuntimeError):
     """The session cannot go on: a process died, a node does not answer, or a request was refused. Says which."""
 
 
+UNDO_S = 1.0  # an episode's last mark can be taken back for so long
+VERDICTS = {"success": True, "failure": False, "discard": False}
+
+
 class Scene(Protocol):
     automatic: bool  # nobody is asked
+    is_discarded: bool  # the episode that ended is to be thrown away, whatever it was
 
     def reset(self, seed: int) -> None: ...
 
@@ -34,7 +40,7 @@ class Scene(Protocol):
 class CellScene:
     """The stand-in cell. `check` is asked first when the cell does not answer: it may know who died."""
 
-    automatic = True
+    automatic, is_discarded = True, False
 
     def __init__(self, endpoint: str, check: Callable[[], None]):
         from sim.stand_in.client import CellClient  # only where a cell is configured
@@ -72,40 +78,61 @@ class CellScene:
 
 
 class OperatorScene:
-    """A person at the terminal. `check` is called while waiting for an answer and raises when the robot side died."""
+    """A person at the terminal, or with a device in hand. `check` is called while waiting for an answer and raises when
+    the robot side died. `marks` are the episode marks of the device, which whoever hears them appends."""
 
     automatic = False
 
-    def __init__(self, check: Callable[[], None]):
-        self._check = check
+    def __init__(self, check: Callable[[], None], marks: deque[str] | None = None):
+        self._check, self._marks = check, marks if marks is not None else deque()
+        self._verdict, self._marked_s, self.is_discarded = "", 0.0, False
 
     def reset(self, seed: int) -> None:
-        self._ask(f"set up scene {seed}, step back, then press Enter: ")
+        self._verdict, self.is_discarded = "", False
+        self._ask(f"set up scene {seed}, step back, then press Enter (or mark start): ", ("start",))
 
     def success(self) -> None:
         return None
 
     def judge(self) -> bool:
-        while (answer := self._ask("was it a success? [y/n] ").lower()) not in ("y", "n"):
-            print(f"{answer!r}: answer y or n")
-        return answer == "y"
+        answer, self._verdict = self._verdict, ""
+        while answer not in VERDICTS:
+            answer = self._ask("was it a success? [y/n] ", tuple(VERDICTS))
+            answer = {"y": "success", "n": "failure"}.get(answer.lower(), answer)
+            if answer not in VERDICTS:
+                print(f"{answer!r}: answer y or n")
+        self.is_discarded = answer == "discard"
+        return VERDICTS[answer]
 
     def time_s(self) -> float:
         return time.monotonic()
 
     def wants_end(self) -> bool:
-        """Enter ends the episode."""
+        """Enter ends the episode at once; a mark of how it went ends it unless it is taken back."""
+        while self._marks:
+            if (mark := self._marks.popleft()) in VERDICTS:
+                self._verdict, self._marked_s = mark, time.monotonic()
+            elif mark == "undo":
+                self._verdict = ""
+        if self._verdict:
+            return time.monotonic() - self._marked_s > UNDO_S
         return self._line(0.0) is not None
 
     def close(self) -> None:
         pass
 
-    def _ask(self, prompt: str) -> str:
-        while self._line(0.0) is not None:  # what was typed before the question is no answer to it
+    def _ask(self, prompt: str, by_mark: tuple[str, ...]) -> str:
+        """A line of the terminal, or a mark."""
+        while self._line(0.0) is not None:  # what was typed or marked before the question is no answer to it
             pass
+        self._marks.clear()
         print(prompt, end="", flush=True)
         while (line := self._line(0.1)) is None:
             self._check()
+            while self._marks:
+                if (mark := self._marks.popleft()) in by_mark:
+                    print(mark)
+                    return mark
         return line.strip()
 
     def _line(self, timeout_s: float) -> str | None:

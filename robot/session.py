@@ -5,6 +5,7 @@ Every wait has a limit and a message; every wait also watches the graph's proces
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile, qos_profile_sensor_data
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import Bool
+from std_msgs.msg import Bool, String
 from std_srvs.srv import SetBool, Trigger
 
 from bridge.embodiment import Embodiment, differences
@@ -65,6 +66,7 @@ class Session:
         self._opening_m: float | None = None
         self.expert_done: bool | None = None  # whether its script came to its end; None: not heard since set so
         self._newest_stamp = Time()
+        self._marks: deque[str] = deque(maxlen=20)  # of the person's device
         self._name = node_name
         self._exits = contextlib.ExitStack()
         self.graph: Graph | None = None
@@ -78,7 +80,7 @@ class Session:
                 self.graph = self._exits.enter_context(Graph(self.config.launch_file, self._launch_args(), out))
             self._open_node()
             cell = self.config.cell_endpoint
-            self.scene = CellScene(cell, self.check) if cell else OperatorScene(self.check)
+            self.scene = CellScene(cell, self.check) if cell else OperatorScene(self._hear_operator, self._marks)
             self._exits.callback(self.scene.close)
             self._wait_until_ready()
             self._exits = self._exits.pop_all()
@@ -199,6 +201,10 @@ class Session:
         message.header.stamp = self._newest_stamp
         self._teleop.publish(message)
 
+    def _hear_operator(self) -> None:
+        self.check()
+        self.spin(0.01)
+
     def _on_expert_done(self, message: Bool) -> None:
         self.expert_done = message.data
 
@@ -222,6 +228,7 @@ class Session:
             keep = lambda message, topic=topic: self._status.update({topic: message})  # noqa: E731
             self.node.create_subscription(DiagnosticStatus, topic, keep, few)
         self.node.create_subscription(Bool, "teleop/done", self._on_expert_done, few)
+        self.node.create_subscription(String, "teleop/mark", lambda m: self._marks.append(m.data), few)
         self._teleop = self.node.create_publisher(JointState, "teleop/action", few)
         self._clients: dict[str, Any] = {}
 

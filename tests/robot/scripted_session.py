@@ -7,7 +7,7 @@ from robot.scene import SessionError
 
 
 class ScriptedScene:
-    automatic = True
+    automatic, is_discarded = True, False
 
     def __init__(self, session):
         self.session = session

@@ -7,7 +7,9 @@ import pyrealsense2 as rs
 import pytest
 
 from bridge.embodiment import Camera
+from robot import camera_check
 from robot.camera import CameraReader
+from robot.camera_check import Tally, calibration_problems
 from robot.stamps import StampMap
 from sim.stand_in.camera_device import _device
 from tests.robot.cell import wait_for
@@ -106,3 +108,54 @@ def test_another_clock_is_mapped_smoothly_and_never_back():
             assert abs(stamp - true_ns - 2e6) < 1e6
     stamp = stamps.stamp_ns(10.0, true_ns + 10**9)  # the device was restarted
     assert stamp == pytest.approx(true_ns + 10**9, abs=2)
+
+
+def tally_of(feeder, numbers, value=None, pause_s=0.033):
+    """Judgement of pictures with these numbers."""
+    tally = Tally(CAMERA, 30, has_our_clock=False)
+    camera = CameraReader("wrist", CAMERA, "123", 30, tally.add, context=feeder.context)
+    rng = np.random.default_rng(0)
+    for number in numbers:
+        feeder.device.pixels[:] = rng.integers(0, 255, feeder.device.pixels.shape) if value is None else value
+        feeder.device.push(number, 1000 + round(number * 100 / 3))
+        time.sleep(pause_s / 3)
+    wait_for(lambda: camera.health.num_pictures + camera.health.num_repeated == len(numbers), 10.0, "all pictures")
+    figures, problems = tally.judge(camera)
+    camera.close()
+    return figures, " ".join(problems)
+
+
+def test_check_finds_a_good_camera_good(feeder):
+    figures, problems = tally_of(feeder, range(1, 31))
+    assert problems == ""
+    assert (figures["pictures"], figures["dropped"]) == (30, 0)
+    assert figures["rate_hz"] == pytest.approx(30.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "value", "words"),
+    [
+        ([*range(1, 15), *range(17, 30)], None, "2 pictures dropped"),
+        (range(1, 20), 0, "lens covered"),
+        ([1, 2, 3, 3, 4], None, "1 repeated"),
+        (range(1, 60, 2), None, "delivers 15.0 Hz"),
+        ([1, 2], None, "hardly any picture"),
+    ],
+)
+def test_check_says_what_is_wrong(feeder, numbers, value, words):
+    assert words in tally_of(feeder, list(numbers), value)[1]
+
+
+def test_check_compares_the_calibration():
+    seen = rs.intrinsics()
+    seen.fx, seen.fy, seen.ppx, seen.ppy = 60.5, 70.0, 31.0, 80.0
+    words = calibration_problems(CAMERA, seen)
+    assert words == ["fy is 70.0 px, the contract says 60.0", "cy is 80.0 px, the contract says 23.5"]
+
+
+def test_check_command(capsys):
+    assert camera_check.main([]) == 2
+    assert camera_check.main(["check", "serials=[1,2]", "cameras=[third_person,wrist]"]) == 1
+    assert "not connected" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not in the contract"):
+        camera_check.CheckConfig(cameras=["nose"], serials=["1"])

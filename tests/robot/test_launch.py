@@ -235,3 +235,16 @@ def test_a_program_that_does_not_exist_is_named(tmp_path):
     assert graph.processes == [Process("ghost", ["/no/such/program"])]
     with pytest.raises(ValueError, match="ghost"):
         graph.start()
+
+
+def test_two_arms_have_namespaces_of_their_own():
+    args = {"left_host": "10.0.0.1", "right_host": "10.0.0.2", "right_cameras": "false", "record": "true"}
+    args |= {"left_spool": "/tmp/l", "right_spool": "/tmp/r", "left_dataset": "/d/l", "right_dataset": "/d/r"}
+    there = {process.name: " ".join(process.command) for process in processes("launch/two_arms.launch.yaml", args)}
+    assert set(there) == {"left/camera_node"} | {
+        f"{side}/{node}_node" for side in ("left", "right") for node in ("arm", "runtime", "recorder")
+    }
+    for side, host in (("left", "10.0.0.1"), ("right", "10.0.0.2")):
+        assert f"__ns:=/{side}" in there[f"{side}/arm_node"]
+        assert f'host:="{host}"' in there[f"{side}/arm_node"]
+        assert f'dataset_root:="/d/{side[0]}"' in there[f"{side}/recorder_node"]

@@ -120,3 +120,10 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_mended(tmp_path):
     assert read_lines(path) == [{"a": 1}]
     append_line(path, {"a": 3})
     assert read_lines(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_discarded_episode_is_not_kept_even_where_failures_are(run, monkeypatch):
+    monkeypatch.setattr("tests.robot.scripted_session.ScriptedScene.is_discarded", True)
+    with pytest.raises(SessionError, match="failures in a row"):
+        run({}, episodes=1, seed=0, keep_failures=True, max_failures_in_a_row=1, episode_timeout_s=2.0)
+    assert [a["saved"] for a in run.attempts()] == [False]

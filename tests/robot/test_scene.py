@@ -1,5 +1,7 @@
 import os
 import sys
+import time
+from collections import deque
 
 import pytest
 
@@ -83,3 +85,36 @@ def test_a_cell_that_is_not_there(monkeypatch):
     with pytest.raises(SessionError, match="code -9"):
         scene.time_s()
     scene.close()
+
+
+def test_marks_of_a_device_end_and_judge_an_episode(terminal, monkeypatch):
+    monkeypatch.setattr("robot.scene.UNDO_S", 0.05)
+    marks = deque()
+    scene = OperatorScene(lambda: marks.append("start"), marks)
+    scene.reset(1)  # the mark stands for Enter
+    assert not scene.wants_end()
+    marks.append("success")
+    assert not scene.wants_end()  # it could still be taken back
+    time.sleep(0.06)
+    assert scene.wants_end()
+    assert scene.judge() is True
+    scene.reset(2)
+    marks += ["success", "undo"]
+    scene.wants_end()
+    time.sleep(0.06)
+    assert not scene.wants_end()
+    marks.append("discard")
+    scene.wants_end()
+    time.sleep(0.06)
+    assert scene.wants_end()
+    assert (scene.judge(), scene.is_discarded) == (False, True)
+    scene.reset(3)
+    assert not scene.is_discarded
+
+
+def test_a_mark_answers_the_question_that_enter_left_open(terminal):
+    marks = deque()
+    scene = OperatorScene(lambda: marks.append("failure"), marks)
+    terminal.type("\n")
+    assert scene.wants_end()
+    assert scene.judge() is False
