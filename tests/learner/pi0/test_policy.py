@@ -104,6 +104,7 @@ def test_kept_and_recomputed_prefix_agree(variant, method, joint, dtype):
 def test_updates_on_a_kept_prefix_run_the_expert_alone():
     policy = make(add_value_head=True)
     prepared = policy.prepare(observation())
+    assert make(dtype="bfloat16").prepare(observation()).keys_values.dtype == torch.bfloat16
     calls = []
     for part in (policy.model.vision, policy.model.language, policy.model.expert):
         part.register_forward_hook(lambda module, *_: calls.append(module))
@@ -163,6 +164,10 @@ def test_an_absent_camera_changes_nothing_but_its_own_tokens():
     assert torch.allclose(both.infer(seen, seeds[0]), two.infer(seen, seeds[1]), atol=1e-5)
     with pytest.raises(ValueError, match="no camera"):
         make(cameras=["wrist"]).prepare(seen)
+    ignoring = make(cameras=["wrist"], ignored_cameras=["third_person"])
+    wrist = ObservationBatch({"wrist": seen.images["wrist"]}, seen.state, seen.instruction)
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+    assert torch.equal(ignoring.infer(seen, seeds[0]), ignoring.infer(wrist, seeds[1]))
 
 
 def test_real_time_chunking_continues_the_last_chunk():

@@ -1,11 +1,12 @@
 """Both stages with a tiny pi0.5 or pi0, files in and files out: from a released folder to what PPO made of it."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bridge.checkpoint import bundles, latest_bundle
 from learner import train as train_module
@@ -175,6 +176,24 @@ def test_statistics_are_the_datas_or_the_checkpoints(folder):
     assert torch.equal(kept.statistics["q99"], torch.linspace(0.5, 2.0, 7))
     with pytest.raises(ValueError, match="statistics 'mine'"):
         dataclasses.replace(config, statistics="mine")
+
+
+def test_an_openpi_folder_starts_stage_one_with_its_own_statistics(folder, tmp_path):
+    """Weights and norm_stats.json; what the bundle then says in LeRobot's terms is the same map."""
+    tensors = {key.removeprefix("model."): x for key, x in load_file(folder / "pi05/model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stats = {"q01": [-1.0] * 7, "q99": [0.5 + 0.1 * axis for axis in range(7)]}
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": stats, "actions": stats}}))
+    config = dataclasses.replace(sft_config(folder, name="openpi"), checkpoint=str(tmp_path), statistics="checkpoint")
+    train_sft(config)
+    policy = load_policy(latest_bundle(folder / "openpi/checkpoints"))
+    x = torch.linspace(-0.5, 0.5, 7)
+    by_hand = 2 * (x + 1) / (torch.tensor(stats["q99"]) + 1 + 1e-6) - 1
+    torch.testing.assert_close(policy.action_normaliser(x), by_hand)
+    del tensors["action_in_proj.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: action_in_proj.bias"):
+        train_sft(config)
 
 
 def test_demonstrations_are_padded_as_the_network_sees_them(folder):
