@@ -2,10 +2,14 @@
 
 For each trial: a fresh scene, the arm at home, the policy on, until the task is done for `hold_s` or `trial_s` is over.
 One line of `eval/<label>.jsonl` for each trial: success, times, policy versions, jitter and latency. Trials that are
-there already are not repeated. A fault (of the arm, or a policy that stopped answering) is neither success nor failure
-of the policy: it is counted apart, and its trial is not part of the success rate.
+there already are not repeated. With `plan=FILE` several policies meet the same scenes in a shuffled order, nobody at the
+table is told which one is on (see `robot.plan`), and their success rates are compared scene by scene.
+
+A fault (of the arm, or a policy that stopped answering) is neither success nor failure of the policy: it is counted
+apart, and its trial is not part of the success rate.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -21,6 +25,8 @@ from bridge.embodiment import Embodiment
 from bridge.errors import RobotFault
 from bridge.run_files import append_line, read_lines, write_stage
 from bridge.statistics import wilson_interval
+from robot.compare import compare
+from robot.plan import Plan, Switch, load_plan
 from robot.scene import SessionError
 from robot.session import Session, SessionConfig
 
@@ -42,6 +48,7 @@ class EvalConfig:
     trial_s: float = 12.0  # the robot's seconds
     hold_s: float = 0.5  # success counts when it lasts for so long
     policy_endpoint: str = "tcp://127.0.0.1:5601"
+    plan: str = ""  # file of scenes and policies, in place of trials, seed and policy_endpoint
     instruction: str = ""  # empty: the first of the embodiment contract
     max_faults: int = 5  # more than these end the evaluation
     embodiment: Embodiment = field(default_factory=Embodiment)
@@ -75,7 +82,8 @@ def main(argv: list[str]) -> int:
     except (SessionError, RobotFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    figures = summarise(read_lines(config.trials_file))
+    trials = read_lines(config.trials_file)
+    figures = report(trials) if config.plan else summarise(trials)
     files = {"first_trial": config.video_file} if config.video_file.exists() else {}
     write_stage(config.run, f"eval_{config.label}", time.monotonic() - started_s, figures, files)
     print(json.dumps(figures, indent=2))
@@ -84,20 +92,38 @@ def main(argv: list[str]) -> int:
 
 def evaluate(config: EvalConfig) -> None:
     """Run the trials that are missing. Raises SessionError when too many end in faults."""
-    known = {trial["seed"] for trial in read_lines(config.trials_file)}
-    missing = [seed for seed in range(config.seed, config.seed + config.trials) if seed not in known]
+    if config.plan:
+        plan = load_plan(Path(config.plan))
+    else:
+        plan = Plan([(config.seed + n, "") for n in range(config.trials)], {"": config.policy_endpoint})
+    known = {(trial["seed"], trial.get("policy", "")) for trial in read_lines(config.trials_file)}
+    missing = [trial for trial in plan.trials if trial not in known]
     if not missing:
         return
     faults = 0
-    args = {"policy_endpoint": config.policy_endpoint, "instruction": config.instruction}
     needs, log = ["runtime_node/start", "runtime_node/stop"], config.run / "logs" / f"eval_{config.label}_nodes.log"
-    with Session(config.session, config.embodiment, "evaluate", needs, args, log) as session:
-        for seed in tqdm(missing, unit="trial", desc=f"eval {config.label}"):
-            trial = run_trial(session, config, seed)
+    with contextlib.ExitStack() as exits:
+        switch = exits.enter_context(contextlib.closing(Switch())) if config.plan else None
+        endpoint = switch.endpoint if switch is not None else config.policy_endpoint
+        args = {"policy_endpoint": endpoint, "instruction": config.instruction}
+        session = exits.enter_context(Session(config.session, config.embodiment, "evaluate", needs, args, log))
+        for seed, policy in tqdm(missing, unit="trial", desc=f"eval {config.label}"):
+            if switch is not None:
+                switch.choose(plan.policies[policy])
+            trial = run_trial(session, config, seed) | ({"policy": policy} if config.plan else {})
             append_line(config.trials_file, trial)
             faults += bool(trial["fault"])
             if faults > config.max_faults:
                 raise SessionError(f"{faults} trials ended in faults, the last one: {trial['fault']}")
+
+
+def report(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of each policy of a plan (`policy/figure`), and of every two compared (`one-other/figure`)."""
+    figures: dict[str, Any] = {}
+    for policy in sorted({trial["policy"] for trial in trials}):
+        own = summarise([trial for trial in trials if trial["policy"] == policy])
+        figures |= {f"{policy}/{key}": value for key, value in own.items()}
+    return figures | compare(trials)
 
 
 def run_trial(session: Session, config: EvalConfig, seed: int) -> dict[str, Any]:
