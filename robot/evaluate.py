@@ -2,8 +2,8 @@
 
 For each trial: a fresh scene, the arm at home, the policy on, until the task is done for `hold_s` or `trial_s` is over.
 One line of `eval/<label>.jsonl` for each trial: success, times, policy versions, jitter and latency. Trials that are
-there already are not repeated. With `plan=FILE` several policies meet the same scenes in a shuffled order, nobody at the
-table is told which one is on (see `robot.plan`), and their success rates are compared scene by scene.
+there already are not repeated. With `plan=FILE` several policies meet the same scenes in a shuffled order, nobody at
+the table is told which one is on (see `robot.plan`), and their success rates are compared scene by scene.
 
 A fault (of the arm, or a policy that stopped answering) is neither success nor failure of the policy: it is counted
 apart, and its trial is not part of the success rate.
