@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from learner.policy import Policy
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-# `type` in a bundle's config.json -> module with `from_bundle(folder, embodiment, device) -> Policy`.
+# `type` in a bundle's config.json -> module with `from_bundle(folder, embodiment, device, changes) -> Policy`.
 # `_lora`: with adapters beside the weights, which LeRobot must not open without them.
 TYPES = {"small": "learner.small_bundle"} | dict.fromkeys(
     ("pi0", "pi05", "pi0_lora", "pi05_lora"), "learner.pi0.bundle"
@@ -30,8 +31,10 @@ def bundle_files(policy: Policy) -> dict[str, bytes]:
     return importlib.import_module(WRITERS[type(policy).__module__]).bundle_files(policy)
 
 
-def load_policy(folder: Path, device: str = "cpu") -> Policy:
-    """The policy of a bundle, in evaluation mode. Raises ValueError naming the file and what is wrong with it."""
+def load_policy(folder: Path, device: str = "cpu", changes: Mapping[str, Any] | None = None) -> Policy:
+    """The policy of a bundle, in evaluation mode. `changes`: keys of its config that shall have other values.
+
+    Raises ValueError naming the file and what is wrong with it."""
     path = Path(folder) / CONFIG
     try:
         kind = json.loads(path.read_text())["type"]
@@ -40,7 +43,7 @@ def load_policy(folder: Path, device: str = "cpu") -> Policy:
     if kind not in TYPES:
         raise ValueError(f"{path}: policy type {kind!r}, known are {sorted(TYPES)}")
     embodiment = Embodiment.load(Path(folder) / CONTRACT)
-    return importlib.import_module(TYPES[kind]).from_bundle(Path(folder), embodiment, device)
+    return importlib.import_module(TYPES[kind]).from_bundle(Path(folder), embodiment, device, changes or {})
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

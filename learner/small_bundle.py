@@ -1,8 +1,10 @@
 """The small policy's files in a checkpoint bundle: config.json, model.safetensors, normalization.json."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,11 +27,14 @@ def bundle_files(policy: SmallPolicy) -> dict[str, bytes]:
     }
 
 
-def from_bundle(folder: Path, embodiment: Embodiment, device: str = "cpu") -> SmallPolicy:
-    """Raises ValueError naming the file and every key that does not fit."""
+def from_bundle(
+    folder: Path, embodiment: Embodiment, device: str = "cpu", changes: Mapping[str, Any] | None = None
+) -> SmallPolicy:
+    """`changes`: keys of the saved config that shall have other values. Raises ValueError naming the file and every key
+    that does not fit."""
     try:
         saved = OmegaConf.create(json.loads((folder / CONFIG).read_text())["policy"])
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SmallPolicyConfig), saved))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SmallPolicyConfig), saved, changes or {}))
     except (OSError, KeyError, OmegaConfBaseException) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     try:

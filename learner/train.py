@@ -7,30 +7,36 @@ an uninterrupted one would have given.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from bridge import durable
-from bridge.checkpoint import bundle_path, latest_bundle, verify_bundle, write_bundle
+from bridge.checkpoint import CONTRACT, bundle_path, latest_bundle, verify_bundle, write_bundle
 from bridge.config import command_line, save
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
 from bridge.run_files import write_stage
+from learner.curves import LoggerConfig, open_curves
 from learner.demo_dataset import DataConfig, Mixture, open_parts
+from learner.film import Film, VideoConfig
 from learner.load import load_policy
+from learner.placement_map import ClusterConfig, Placement, parse, require_fit
 from learner.sft import default_data, terminate_as_interrupt
 from learner.trainer import Trainer, local_trainer
 from learner.update import AlgoConfig
 from sim.twin.config import TwinConfig
 from sim.twin.vector_env import TwinVectorEnv
+
+SIMULATORS = ("twin", "libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
 @dataclass
@@ -51,19 +57,39 @@ class TrainConfig:
     device: str = "cpu"
     noise_level: float | None = None  # exploration; None: the checkpoint's
     resume: bool = True
+    pipeline_stages: int = 1  # groups of environments of a rollout worker; the policy thinks for one at a time
+    simulator: str = "twin"
     algo: AlgoConfig = field(default_factory=AlgoConfig)
+    policy: dict[str, Any] = field(default_factory=dict)  # keys of the checkpoint's policy config to change
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)  # of the SFT term; empty: the run's own data/stand_in
     twin: TwinConfig = field(default_factory=TwinConfig)
 
     def __post_init__(self):
         if min(self.iterations, self.episodes, self.save_every) < 1:
             raise ValueError("iterations, episodes and save_every must be at least 1")
+        if self.simulator not in SIMULATORS:
+            raise ValueError(f"simulator {self.simulator!r}: allowed are {', '.join(SIMULATORS)}")
+        if self.pipeline_stages < 1 or self.envs % self.pipeline_stages:
+            raise ValueError(f"envs {self.envs}: must be a multiple of pipeline_stages {self.pipeline_stages}")
         if self.episodes % self.algo.group_size:
             raise ValueError(f"episodes {self.episodes}: must be a multiple of algo.group_size {self.algo.group_size}")
 
     @property
     def run(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def placement(self) -> Placement | None:
+        """None: everything in one process."""
+        c = self.cluster
+        if not c.component_placement:
+            return None
+        placement = parse(c.component_placement, c.num_nodes, c.gpus_per_node or max(torch.cuda.device_count(), 1))
+        require_fit(placement, self.envs, self.pipeline_stages, self.algo.batch_size)
+        return placement
 
 
 def main(argv: list[str]) -> int:
@@ -84,6 +110,11 @@ def main(argv: list[str]) -> int:
 def train(config: TrainConfig) -> dict[str, Any]:
     """The whole stage; returns its figures."""
     started_s = time.monotonic()
+    if config.simulator != "twin":
+        raise ValueError(
+            f"simulator {config.simulator!r}: LIBERO is not wired up yet, so this configuration explains itself "
+            "(explain=true) but does not run; simulator=twin runs"
+        )
     start = Path(config.checkpoint) if config.checkpoint else latest_bundle(config.run / "checkpoints")
     if start is None:
         raise ValueError(f"{config.run / 'checkpoints'} holds no bundle to start from; run `cotwin sft` first")
@@ -91,15 +122,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     saved = load_state(state_file, config) if config.resume and state_file.exists() else None
     start = Path(saved["start"]) if saved else start
     parent = verify_bundle(start).version
-    policy = open_policy(config, start)
+    embodiment = Embodiment.load(start / CONTRACT)
     save(config, config.run / "config" / f"{config.stage}.yaml")
-    env = TwinVectorEnv(config.twin, policy.embodiment, config.envs, config.workers, config.seed, auto_reset=False)
-    with contextlib.closing(env):
-        trainer = local_trainer(policy, [env], open_demos(config, policy), config.algo, config.episodes, config.seed)
+    with open_trainer(config, start, embodiment) as trainer:
         if saved:
             trainer.load_state_dict(saved["trainer"])
         newest, history = (saved["version"], saved["history"]) if saved else (parent, [])
-        newest = run_iterations(trainer, config, policy.embodiment, start, newest, history, state_file)
+        newest = run_iterations(trainer, config, embodiment, start, newest, history, state_file)
+        optimizer_steps = trainer.optimizer_steps
     curve = config.run / "curves" / f"{config.stage}.json"
     durable.make_folder(curve.parent)
     durable.write_text(curve, json.dumps(history) + "\n")
@@ -108,7 +138,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "parent_version": parent,
         "version": newest,
         "iterations": trainer.iteration,
-        "optimizer_steps": trainer.optimizer_steps,
+        "optimizer_steps": optimizer_steps,
         "env_steps": trainer.env_steps,
         "env_steps_per_s": sum(m["time/env_steps_per_s"] * m["time/rollout_s"] for m in history) / max(rollout_s, 1e-9),
         "rollout_s": rollout_s,
@@ -121,9 +151,47 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return figures
 
 
-def open_policy(config: TrainConfig, start: Path) -> Any:
-    """The checkpoint's policy, ready for Stage II."""
-    policy = load_policy(start, config.device)
+@contextlib.contextmanager
+def open_trainer(config: TrainConfig, start: Path, embodiment: Embodiment) -> Iterator[Trainer]:
+    """In this process, or as `cluster.component_placement` says."""
+    placement, stages = config.placement, config.pipeline_stages
+    if placement is None:
+        policy = open_policy(config, start, config.device)
+        demos = open_demos(config, policy)
+        with contextlib.ExitStack() as stack:
+            envs = []
+            for stage in range(stages):
+                count, workers, seed = config.envs // stages, config.workers // stages, config.seed + stage
+                env = TwinVectorEnv(config.twin, embodiment, count, workers, seed, auto_reset=False)
+                envs.append(stack.enter_context(contextlib.closing(env)))
+            yield local_trainer(policy, envs, demos, config.algo, config.episodes, config.seed)
+        return
+    from learner.placement import Job, placed_trainer
+
+    job = Job(
+        make_policy=functools.partial(open_policy, config, start.resolve()),
+        make_env=functools.partial(make_twins, config.twin, embodiment),
+        make_demos=functools.partial(open_demos, config),
+        algo=config.algo,
+        envs=config.envs,
+        stages=stages,
+        seed=config.seed,
+        threads=config.threads,
+        device=config.device,
+    )
+    with placed_trainer(job, placement, config.episodes) as trainer:
+        yield trainer
+
+
+def make_twins(twin: TwinConfig, embodiment: Embodiment, num_envs: int, seed: int) -> TwinVectorEnv:
+    """Twins in the calling process."""
+    return TwinVectorEnv(twin, embodiment, num_envs, 0, seed, auto_reset=False)
+
+
+def open_policy(config: TrainConfig, start: Path, device: str) -> Any:
+    """The checkpoint's policy, ready for Stage II; parts that the checkpoint lacks begin the same everywhere."""
+    torch.manual_seed(config.seed)
+    policy = load_policy(start, device, config.policy)
     if hasattr(policy, "freeze_eyes"):
         policy.freeze_eyes()
     if config.noise_level is not None:
@@ -133,8 +201,8 @@ def open_policy(config: TrainConfig, start: Path) -> Any:
     return policy
 
 
-def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
-    """Demonstrations of the SFT term; None when beta is 0."""
+def open_demos(config: TrainConfig, policy: Any, rank: int = 0, ranks: int = 1) -> Mixture | None:
+    """Demonstrations of the SFT term; None when beta is 0. Of several ranks each reads its part of them."""
     if config.algo.beta == 0:
         return None
     data = config.data
@@ -146,7 +214,7 @@ def open_demos(config: TrainConfig, policy: Any) -> Mixture | None:
                 f"algo.beta {config.algo.beta} needs demonstrations: {config.run}/data/stand_in is missing"
             )
     parts = open_parts(data, policy.embodiment, policy.horizon, policy.picture_size, policy.pads_pictures)
-    return Mixture(parts, config.algo.sft_batch_size, config.seed)
+    return Mixture(parts, config.algo.sft_batch_size, config.seed, rank, ranks)
 
 
 def run_iterations(
@@ -161,21 +229,27 @@ def run_iterations(
     """Iterate to the end, logging and saving; metrics are added to `history`. Returns the last version; `version` is
     the one that the weights now are."""
     durable.make_folder(state_file.parent)
-    # No purge_step: it would remove the other stage's curves of the same run as well.
-    writer = SummaryWriter(str(config.run / "tensorboard"))
+    curves = open_curves(config.logger, config.run, config.name, asdict(config))
     bar = tqdm(total=config.iterations, initial=trainer.iteration, desc=config.stage, unit="iteration")
-    with writer, bar, terminate_as_interrupt():
+    with curves as logger, bar, terminate_as_interrupt():
         while trainer.iteration < config.iterations:
-            metrics = trainer.iterate()
+            metrics = trainer.iterate(film(config, trainer.iteration))
             history.append(metrics)
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, trainer.iteration)
+            logger.log(metrics, trainer.iteration)
             bar.update()
             bar.set_postfix(success=f"{metrics.get('env/success_once', 0):.2f}", refresh=False)
             if trainer.iteration % config.save_every == 0 or trainer.iteration == config.iterations:
                 version = save_bundle(trainer, config, embodiment, version, metrics)
             save_state(trainer, config, start, version, history, state_file)
     return version
+
+
+def film(config: TrainConfig, iteration: int) -> Film | None:
+    """What to keep of this iteration's rollouts on video."""
+    if not config.video.save or iteration % config.video.every:
+        return None
+    folder = Path(config.video.folder) if config.video.folder else config.run / "videos"
+    return Film(folder / f"{config.stage}-{iteration:04d}.mp4", config.video.info)
 
 
 def save_bundle(

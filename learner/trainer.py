@@ -19,9 +19,10 @@ from torch import Tensor
 
 from learner.advantages import group_relative, informative_groups, normalized
 from learner.demo_dataset import Mixture
+from learner.film import Film
 from learner.flow import annealed_noise_level
 from learner.load import bundle_files
-from learner.rollouts import Rollouts, VectorEnv, Watch, collect
+from learner.rollouts import Rollouts, VectorEnv, collect
 from learner.update import AlgoConfig, Updater, make_optimizer, plan
 
 SEEDS, ROLLOUT, ORDER, UPDATE = range(4)  # purposes of random streams
@@ -39,14 +40,17 @@ class RolloutWorker:
         self.policy, self.envs, self.algo, self.seed, self.rank = policy, envs, algo, seed, rank
         self.version = 0
 
-    def collect(self, iteration: int, attempt: int, seeds: list[int], watch: Watch | None = None) -> Rollouts | None:
+    def collect(self, iteration: int, attempt: int, seeds: list[int], film: Film | None = None) -> Rollouts | None:
         """An episode for each seed; None where there are no seeds."""
         if not seeds:
             return None
         self.policy.set_noise_level(annealed_noise_level(self.policy.config.flow, iteration))
         generator = stream(self.seed, ROLLOUT, iteration, attempt, self.rank)
         gamma, gae_lambda = self.algo.gamma, self.algo.gae_lambda
-        return collect(self.envs, self.policy, seeds, gamma, gae_lambda, generator, self.version, watch)
+        rollouts = collect(self.envs, self.policy, seeds, gamma, gae_lambda, generator, self.version, film)
+        if film:
+            film.save()
+        return rollouts
 
 
 class UpdateWorker:
@@ -119,10 +123,10 @@ class Trainer:
     iteration: int = 0
     env_steps: int = 0
 
-    def iterate(self, watch: Watch | None = None) -> dict[str, float]:
+    def iterate(self, film: Film | None = None) -> dict[str, float]:
         """Rollouts and updates; returns metrics by the names that TensorBoard shows."""
         started_s = time.monotonic()
-        rollouts, metrics = self.collect(watch)
+        rollouts, metrics = self.collect(film)
         collected_s = time.monotonic()
         env_steps = rollouts.num_env_steps
         self.env_steps += env_steps
@@ -139,11 +143,11 @@ class Trainer:
         }
         return metrics
 
-    def collect(self, watch: Watch | None = None) -> tuple[Rollouts, dict[str, float]]:
+    def collect(self, film: Film | None = None) -> tuple[Rollouts, dict[str, float]]:
         """All workers' samples with their advantages, and metrics of all episodes that were played."""
         c, rng = self.algo, np.random.default_rng([self.seed, SEEDS, self.iteration])
         wanted = self.episodes // c.group_size
-        parts = [self._play(rng, wanted, 0, watch)]
+        parts = [self._play(rng, wanted, 0, film)]
         metrics = rollout_metrics(parts[0])
         if c.algorithm == "ppo":
             rollouts = parts[0]
@@ -169,7 +173,7 @@ class Trainer:
         batches = plan(len(rollouts), self.algo, ranks, stream(self.seed, ORDER, self.iteration))
         arguments = []
         for rank in range(ranks):
-            mine = [rows[rank::ranks] for rows in batches]
+            mine = [rows[rank::ranks].contiguous() for rows in batches]
             needed = torch.cat(mine).unique()
             part = rollouts if ranks == 1 else rollouts[needed.to(rollouts.old_value.device)]
             local = mine if ranks == 1 else [torch.searchsorted(needed, rows) for rows in mine]
@@ -184,13 +188,13 @@ class Trainer:
         """The trained policy's files for `bridge.checkpoint.write_bundle`."""
         return self.update_crew.call("bundle", [()] * len(self.update_crew))[0]
 
-    def _play(self, rng: np.random.Generator, groups: int, attempt: int, watch: Watch | None) -> Rollouts:
+    def _play(self, rng: np.random.Generator, groups: int, attempt: int, film: Film | None) -> Rollouts:
         """Episodes of new seeds, far from those that evaluation uses; whole groups to each rollout worker."""
         workers = len(self.rollout_crew)
         seeds = rng.choice(2**31 - 1_000_001, groups, replace=False) + 1_000_000
         shares = [np.repeat(share, self.algo.group_size).tolist() for share in np.array_split(seeds, workers)]
-        watching = [watch] + [None] * (workers - 1)
-        asked = [(self.iteration, attempt, share, w) for share, w in zip(shares, watching, strict=True)]
+        films = [film] + [None] * (workers - 1)
+        asked = [(self.iteration, attempt, share, f) for share, f in zip(shares, films, strict=True)]
         return Rollouts.concatenate([part for part in self.rollout_crew.call("collect", asked) if part is not None])
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ does not know. With `lora.merge_on_save` the adapters are merged in and the fold
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -50,21 +50,28 @@ def bundle_files(policy: Pi0Policy) -> dict[str, bytes]:
     return files | {name: save(_on_cpu(tensors)) for name, tensors in extra.items() if tensors}
 
 
-def from_bundle(folder: Path, embodiment: Embodiment, device: str = "cpu") -> Pi0Policy:
-    """A policy that `bundle_files` wrote (its config is read from policy.json), or one that LeRobot saved."""
+def from_bundle(
+    folder: Path, embodiment: Embodiment, device: str = "cpu", changes: Mapping[str, Any] | None = None
+) -> Pi0Policy:
+    """A policy that `bundle_files` wrote (its config is read from policy.json), or one that LeRobot saved.
+
+    `changes`: keys of policy.json that shall have other values; heads and adapters that come with them are new."""
     path = folder / POLICY
+    if not path.exists() and changes:
+        raise ValueError(f"{path} is missing, so that there is nothing to change: train it by cotwin sft first")
     if not path.exists():
         return load_lerobot(folder, embodiment, device=device)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Pi0Config), OmegaConf.create(path.read_text()))
-        config = cast(Pi0Config, OmegaConf.to_object(merged))
+        saved = cast(Pi0Config, OmegaConf.to_object(merged))
+        config = cast(Pi0Config, OmegaConf.to_object(OmegaConf.merge(merged, changes or {})))
     except (OSError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {error}") from error
-    _require_kind(folder, read_json(folder / CONFIG), _kind(config))
+    _require_kind(folder, read_json(folder / CONFIG), _kind(saved))
     state, action, state_in_prompt = read_processors(folder)
     config = replace(config, state_in_prompt=state_in_prompt)
     policy = Pi0Policy(config, embodiment, state, action, device=device)
-    load_weights(policy, folder)
+    load_weights(policy, folder, fresh=bool(changes))
     return policy.eval()
 
 

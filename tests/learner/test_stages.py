@@ -10,6 +10,7 @@ from bridge.checkpoint import bundles, read_manifest
 from learner import train as train_module
 from learner import twin_eval
 from learner.demo_dataset import DataConfig
+from learner.film import VideoConfig
 from learner.run_folder import read_curves
 from learner.sft import train as train_sft
 from learner.train import TrainConfig, train
@@ -63,10 +64,10 @@ def train_config(folder, **changes):
 def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_interruption(folder, toy, monkeypatch):
     iterate = Trainer.iterate
 
-    def interrupted(self):
+    def interrupted(self, film):
         if self.iteration == 2:
             raise KeyboardInterrupt
-        return iterate(self)
+        return iterate(self, film)
 
     monkeypatch.setattr(Trainer, "iterate", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -84,6 +85,10 @@ def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_inte
     assert [step for step, _ in curves["env/episode_len"]] == [1, 2, 3]
 
     whole = train(train_config(folder, checkpoint=str(found[1]), stage="whole"))
+    curves = [json.loads((folder / f"run/curves/{stage}.json").read_text()) for stage in ("train", "whole")]
+    resumed, uninterrupted = ([{k: v for k, v in m.items() if "time/" not in k} for m in c] for c in curves)
+    assert resumed == uninterrupted
+    assert len(resumed) == 3
     ours, theirs = (load_file(folder / f"run/checkpoints/{v:06d}/model.safetensors") for v in (4, whole["version"]))
     assert all((ours[key] == theirs[key]).all() for key in ours)
 
@@ -94,6 +99,29 @@ def test_stage_two_needs_the_robots_demonstrations_unless_beta_is_0(folder, toy,
         train(config)
     config.algo.beta = 0.0
     assert train(config)["iterations"] == 1
+
+
+def test_stage_two_keeps_videos_and_changes_the_checkpoints_policy_where_asked(folder, toy, tmp_path):
+    config = train_config(
+        tmp_path,
+        checkpoint=str(folder / "run/checkpoints/000001"),
+        iterations=2,
+        pipeline_stages=2,
+        video=VideoConfig(save=True, every=2),
+        policy={"num_action_chunks": 3, "flow": {"noise_level": 0.4}},
+    )
+    config.algo.beta = 0.0
+    train(config)
+    assert [path.name for path in (tmp_path / "run/videos").iterdir()] == ["train-0000.mp4"]
+    saved = json.loads((tmp_path / "run/checkpoints/000003/config.json").read_text())["policy"]
+    assert (saved["num_action_chunks"], saved["flow"]["noise_level"]) == (3, 0.4)
+    with pytest.raises(ValueError, match=r"config\.json.*num_chunks"):
+        train(dataclasses.replace(config, policy={"num_chunks": 3}, resume=False))
+
+
+def test_a_simulator_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="LIBERO is not wired up"):
+        train(TrainConfig(simulator="libero_spatial"))
 
 
 def test_stage_two_without_a_checkpoint_says_what_to_do(tmp_path, toy):
