@@ -1,9 +1,12 @@
 """The bridge beside a bare ZeroMQ socket, openpi's protocol and LeRobot's async inference, all on loopback in one run.
 
-    python -m tests.bench.bench_bridge [--quick] [--only round_trip bundle swap delivery demos] [--out FILE]
+    python -m tests.bench.bench_bridge [--quick] [--only PART ...] [--out FILE]
 
-Round trip: two 640x480 RGB pictures and a state to a [50, 7] chunk, no-op policy, server in a process of its own.
-Bundle: 1 GB over the whole delivery path (hash, write, fsync, verify) beside a raw ZeroMQ stream of the same blocks.
+round_trip: two 640x480 RGB pictures and a state to a [50, 7] chunk, no-op policy, server in a process of its own.
+link: the same through a cable shaped to 100 Mbit/s and 10 ms there and back, where the machine allows it
+(root; tests/bench/shaped_link.py).
+bundle, update: a 1 GB checkpoint beside a raw stream; an expert-only update (tests/bench/bridge_delivery.py).
+swap: ten versions under a 20 Hz loop in the stand-in cell (tests/bench/bridge_swap.py). delivery, demos: kills.
 Writes docs/results/bridge.json (docs/contract.md, section 9). Meaningful on a quiet machine only.
 """
 
@@ -11,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import multiprocessing
@@ -24,19 +28,19 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import zmq
 
-from bridge.checkpoint import bundle_path, verify_bundle, write_bundle
-from bridge.checkpoint_stream import CheckpointPublisher, CheckpointSubscriber
-from bridge.clock import Grid
 from bridge.embodiment import Camera, Embodiment
 from bridge.keys import Keys
 from bridge.messages import Observation
 from bridge.openpi_port import pack, unpack
+from bridge.pictures import PictureFormat
 from bridge.policy_client import PolicyClient
 from bridge.policy_server import PolicyServer
-from bridge.transfer import BLOCK_BYTES
+from tests.bench import bridge_delivery, bridge_swap
+from tests.bench.shaped_link import LOOPBACK, ShapedLink
 
 RESULT = Path(__file__).resolve().parents[2] / "docs/results/bridge.json"
 EMBODIMENT = Embodiment(cameras={"third_person": Camera(), "wrist": Camera()})
@@ -45,29 +49,46 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def observation(height: int, width: int) -> Observation:
+    """Soft shapes with a little noise, so that compression has about as much to do as with a camera's picture."""
     rng = np.random.default_rng(0)
-    images = {name: rng.integers(0, 255, (height, width, 3), np.uint8) for name in EMBODIMENT.cameras}
+    images = {}
+    for name in EMBODIMENT.cameras:
+        soft = cv2.resize(rng.integers(20, 235, (12, 16, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+        images[name] = np.clip(soft + rng.normal(0, 2, soft.shape), 0, 255).astype(np.uint8)
     return Observation(images, np.zeros(7, np.float32), "put the cube on the plate", time.monotonic_ns())
+
+
+@contextlib.contextmanager
+def made_keys():
+    """Key folders of a server and a robot that know each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Keys.new(Path(folder, "server"), "server", "server")
+        robot = Keys.new(Path(folder, "robot"), "robot", "robot")
+        server.allow(robot.me)
+        robot.allow(server.me)
+        yield f"{folder}/server", f"{folder}/robot"
 
 
 # --- servers, each in a process of its own ---------------------------------------------------------------------------
 
 
-def serve_ours(pipe, keys_folder):
+def serve_ours(pipe, keys_folder, address):
     keys = Keys(Path(keys_folder)) if keys_folder else None
     no_op = lambda observations: (np.zeros((len(observations), 50, 7), np.float32), 1)  # noqa: E731
-    server = PolicyServer("tcp://127.0.0.1:*", EMBODIMENT, no_op, max_batch=8, keys=keys)
+    server = PolicyServer(
+        f"tcp://{address}:*", EMBODIMENT, no_op, max_batch=8, keys=keys, pictures=PictureFormat(224, 224, padded=True)
+    )
     pipe.send(server.endpoint)
     run_until_told(pipe, server.serve_forever)
 
 
-def serve_bare(pipe, keys_folder):
+def serve_bare(pipe, keys_folder, address):
     context = zmq.Context()
     socket = context.socket(zmq.REP)
     if keys_folder:
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = Keys(Path(keys_folder)).curve_pair
-    socket.bind("tcp://127.0.0.1:*")
+    socket.bind(f"tcp://{address}:*")
     pipe.send(socket.last_endpoint.decode())
 
     def serve(stop):
@@ -80,7 +101,7 @@ def serve_bare(pipe, keys_folder):
     context.destroy(linger=0)
 
 
-def serve_openpi(pipe, keys_folder):
+def serve_openpi(pipe, keys_folder, address):
     """As openpi's server does it: asyncio, inference inside the event loop, msgpack with arrays in one frame."""
     import websockets.asyncio.server
 
@@ -91,8 +112,8 @@ def serve_openpi(pipe, keys_folder):
             await connection.send(pack({"actions": CHUNK, "server_timing": {"infer_ms": 0.0}}))
 
     async def run():
-        async with websockets.asyncio.server.serve(talk, "127.0.0.1", 0, compression=None, max_size=None) as server:
-            pipe.send(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        async with websockets.asyncio.server.serve(talk, address, 0, compression=None, max_size=None) as server:
+            pipe.send(f"ws://{address}:{server.sockets[0].getsockname()[1]}")
             before_s = cpu_s()
             while not pipe.poll():
                 await asyncio.sleep(0.05)
@@ -102,7 +123,7 @@ def serve_openpi(pipe, keys_folder):
     asyncio.run(run())
 
 
-def serve_lerobot(pipe, keys_folder):
+def serve_lerobot(pipe, keys_folder, address):
     """LeRobot's own gRPC servicer with its own preparation of observations; only the policy is replaced by a no-op."""
     os.chdir(tempfile.mkdtemp())  # it writes log files where it is imported
     from concurrent.futures import ThreadPoolExecutor
@@ -126,9 +147,9 @@ def serve_lerobot(pipe, keys_folder):
     servicer.preprocessor = servicer.postprocessor = lambda value: value
     server = grpc.server(ThreadPoolExecutor(max_workers=4))
     services_pb2_grpc.add_AsyncInferenceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{address}:0")
     server.start()
-    pipe.send(f"127.0.0.1:{port}")
+    pipe.send(f"{address}:{port}")
     run_until_told(pipe, lambda stop: stop.wait())
     server.stop(0)
 
@@ -153,11 +174,16 @@ def run_until_told(pipe, serve):
     pipe.send(cpu_s() - before_s)
 
 
+def serve_at(place, target, pipe, keys_folder):
+    place.enter()
+    target(pipe, keys_folder, place.address)
+
+
 @contextlib.contextmanager
-def server_process(target, keys_folder=None):
+def server_process(target, keys_folder, place):
     """Yields the endpoint and a function that stops the server and returns the CPU seconds it took."""
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=target, args=(theirs, keys_folder), daemon=True)
+    process = SPAWN.Process(target=serve_at, args=(place, target, theirs, keys_folder), daemon=True)
     process.start()
     try:
         if not ours.poll(60):
@@ -177,8 +203,8 @@ def server_process(target, keys_folder=None):
 
 
 @contextlib.contextmanager
-def call_ours(endpoint, observed, keys):
-    client = PolicyClient(endpoint, EMBODIMENT, keys=keys)
+def call_ours(endpoint, observed, keys, **options):
+    client = PolicyClient(endpoint, EMBODIMENT, keys=keys, **options)
     client.wait_ready(20)
     yield lambda: client.infer(observed, 10.0)
     client.close()
@@ -246,19 +272,25 @@ def call_lerobot(endpoint, observed, keys):
     channel.close()
 
 
-def measure(server, caller, calls, size=(480, 640), folders=(None, None)):
-    """p50 and p99 in ms, CPU ms a call over both processes, MB/s."""
+def measure(server, caller, calls, size=(480, 640), folders=(None, None), link=(LOOPBACK, LOOPBACK)):
+    """p50 and p99 in ms, CPU ms a call over both processes, MB/s of pictures as they were before any coding."""
     observed = observation(*size)
     keys = Keys(Path(folders[1])) if folders[1] else None
-    with server_process(server, folders[0]) as (endpoint, stop), caller(endpoint, observed, keys) as call:
-        for _ in range(max(10, calls // 10)):
-            call()
-        cpu_before_s, started_s, times_s = cpu_s(), time.monotonic(), []
-        for _ in range(calls):
-            before_s = time.perf_counter()
-            call()
-            times_s.append(time.perf_counter() - before_s)
-        elapsed_s, client_cpu_s = time.monotonic() - started_s, cpu_s() - cpu_before_s
+    with open("/proc/thread-self/ns/net") as home, server_process(server, folders[0], link[0]) as (endpoint, stop):
+        link[1].enter()
+        try:
+            with caller(endpoint, observed, keys) as call:
+                for _ in range(max(10, calls // 10)):
+                    call()
+                cpu_before_s, started_s, times_s = cpu_s(), time.monotonic(), []
+                for _ in range(calls):
+                    before_s = time.perf_counter()
+                    call()
+                    times_s.append(time.perf_counter() - before_s)
+                elapsed_s, client_cpu_s = time.monotonic() - started_s, cpu_s() - cpu_before_s
+        finally:
+            if link[1].namespace is not None:
+                os.setns(home.fileno(), os.CLONE_NEWNET)
         server_cpu_s = stop()
     megabytes = sum(image.nbytes for image in observed.images.values()) / 1e6
     return {
@@ -273,12 +305,8 @@ def measure(server, caller, calls, size=(480, 640), folders=(None, None)):
 
 def bench_round_trip(quick: bool) -> dict:
     calls = 200 if quick else 1000
-    with tempfile.TemporaryDirectory() as folder:
-        server = Keys.new(Path(folder, "server"), "server", "server")
-        robot = Keys.new(Path(folder, "robot"), "robot", "robot")
-        server.allow(robot.me)
-        robot.allow(server.me)
-        curve = (f"{folder}/server", f"{folder}/robot")
+    resized = functools.partial(call_ours, resize_pictures=True)
+    with made_keys() as curve:
         rows = {
             "bare ZeroMQ REQ/REP": measure(serve_bare, call_bare, calls),
             "ours": measure(serve_ours, call_ours, calls),
@@ -287,6 +315,7 @@ def bench_round_trip(quick: bool) -> dict:
             "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, folders=curve),
             "ours + CURVE": measure(serve_ours, call_ours, calls, folders=curve),
             "ours + CURVE, 224x224": measure(serve_ours, call_ours, calls, (224, 224), curve),
+            "ours + CURVE, resized to 224x224 by the client": measure(serve_ours, resized, calls, folders=curve),
             "ours, 224x224": measure(serve_ours, call_ours, calls, (224, 224)),
             "openpi protocol, 224x224": measure(serve_openpi, call_openpi, calls, (224, 224)),
         }
@@ -311,160 +340,49 @@ def bench_round_trip(quick: bool) -> dict:
                 rows["openpi protocol"][quantile],
                 "openpi protocol, clear text, 640x480",
             ),
+            f"round_trip_curve_resized_{quantile}": (
+                rows["ours + CURVE, resized to 224x224 by the client"][quantile],
+                rows["openpi protocol"][quantile],
+                "openpi protocol, clear text, 640x480",
+            ),
         }
         for name, (value, peer, peer_name) in pairs.items():
             figures[name] = figure(value, peer, peer / value, "ms", peer_name, calls)
     return {"figures": figures, "tables": {"round_trip": rows}}
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# --- a slow link ------------------------------------------------------------------------------------------------------
 
 
-def synthetic_weights(folder: Path, version: int, total_bytes: int, expert_share: float = 0.09) -> dict[str, Path]:
-    """A safetensors file laid out like a vision-language model with an action expert that alone changes."""
-    num_blocks = max(2, total_bytes // BLOCK_BYTES)
-    num_expert = max(1, int(num_blocks * expert_share))
-    names = [f"vlm.{k}" for k in range(num_blocks - num_expert)] + [f"expert.{k}" for k in range(num_expert)]
-    header, offset = {}, 0
-    for name in names:
-        header[name] = {"dtype": "U8", "shape": [BLOCK_BYTES], "data_offsets": [offset, offset + BLOCK_BYTES]}
-        offset += BLOCK_BYTES
-    text = json.dumps(header).encode()
-    path = folder / f"weights-{version}.safetensors"
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for k, name in enumerate(names):
-            seed = k if name.startswith("vlm") else 1_000_000 * version + k
-            file.write(np.random.default_rng(seed).bytes(BLOCK_BYTES))
-    return {"model.safetensors": path}
-
-
-def raw_stream_mb_per_s(total_bytes: int) -> float:
-    """The same blocks from memory to memory over one PUSH/PULL pair; nothing is hashed and nothing written."""
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=push_blocks, args=(theirs, total_bytes), daemon=True)
-    process.start()
-    context = zmq.Context()
-    socket = context.socket(zmq.PULL)
-    socket.rcvhwm = 8
-    socket.connect(ours.recv())
-    received = len(socket.recv(copy=False))
-    started_s = time.monotonic()
-    while received < total_bytes:
-        received += len(socket.recv(copy=False))
-    elapsed_s = time.monotonic() - started_s
-    context.destroy(linger=0)
-    process.kill()
-    process.join()
-    return (total_bytes - BLOCK_BYTES) / elapsed_s / 1e6
-
-
-def push_blocks(pipe, total_bytes):
-    socket = zmq.Context().socket(zmq.PUSH)
-    socket.sndhwm = 8
-    socket.bind("tcp://127.0.0.1:*")
-    pipe.send(socket.last_endpoint.decode())
-    block = os.urandom(BLOCK_BYTES)
-    for _ in range(total_bytes // BLOCK_BYTES + 1):
-        socket.send(block, copy=False)
-    time.sleep(60)
-
-
-def publish(pipe, root):
-    publisher = CheckpointPublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", Path(root))
-    pipe.send((publisher.announce_endpoint, publisher.fetch_endpoint))
-    while (version := pipe.recv()) is not None:
-        publisher.announce(version)
-        publisher.wait_confirmed(version, timeout_s=300)
-        pipe.send(publisher.stats()["bytes_sent"])
-    publisher.close()
-
-
-@contextlib.contextmanager
-def publisher_process(root: Path):
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=publish, args=(theirs, str(root)), daemon=True)
-    process.start()
+def bench_link(quick: bool) -> dict:
+    """Round trips over the shaped link; ours with CURVE, as clear text may not leave a machine."""
+    calls = 20 if quick else 100
+    size, small = (480, 640), (224, 224)
     try:
-        yield ours
-    finally:
-        process.kill()
-        process.join()
-
-
-def bench_bundle(quick: bool) -> dict:
-    total_bytes = (256 if quick else 1024) * 1024**2
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for version in (1, 2):
-            files = synthetic_weights(folder, version, total_bytes)
-            write_bundle(bundle_path(folder / "from", version), files, EMBODIMENT, version, version - 1, 0, {})
-            files["model.safetensors"].unlink()
-        raw = raw_stream_mb_per_s(total_bytes)
-        with publisher_process(folder / "from") as pipe:
-            announce, fetch = pipe.recv()
-            subscriber = CheckpointSubscriber(announce, fetch, folder / "to", EMBODIMENT)
-            seconds, sent = [], []
-            for version in (1, 2):
-                while not subscriber.stats()["connected"]:
-                    time.sleep(0.01)
-                started_s = time.monotonic()
-                pipe.send(version)
-                while (path := subscriber.poll()) is None:
-                    time.sleep(0.002)
-                seconds.append(time.monotonic() - started_s)
-                verify_bundle(path)
-                subscriber.confirm(version)
-                sent.append(pipe.recv() - sum(sent))
-            subscriber.close()
-    rate = sent[0] / seconds[0] / 1e6
-    share = sent[1] / sent[0]
+        with ShapedLink() as link, made_keys() as curve:
+            jpeg = functools.partial(call_ours, picture_coding="jpeg")
+            resized = functools.partial(call_ours, resize_pictures=True)
+            both = functools.partial(call_ours, resize_pictures=True, picture_coding="jpeg")
+            rows = {
+                "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, size, curve, link),
+                "openpi protocol": measure(serve_openpi, call_openpi, calls, size, link=link),
+                "openpi protocol, 224x224": measure(serve_openpi, call_openpi, calls, small, link=link),
+                "ours + CURVE": measure(serve_ours, call_ours, calls, size, curve, link),
+                "ours + CURVE, JPEG": measure(serve_ours, jpeg, calls, size, curve, link),
+                "ours + CURVE, resized to 224x224": measure(serve_ours, resized, calls, size, curve, link),
+                "ours + CURVE, resized to 224x224, JPEG": measure(serve_ours, both, calls, size, curve, link),
+            }
+    except RuntimeError as error:
+        return {"figures": {}, "tables": {"link_100mbit_10ms": {"not measured": str(error)}}}
+    ours, best, peer = (
+        rows[name]["p50_ms"] for name in ("ours + CURVE", "ours + CURVE, resized to 224x224, JPEG", "openpi protocol")
+    )
+    peer_name = "openpi protocol, clear text, 640x480, same link"
     figures = {
-        "bundle_mb_per_s": figure(rate, raw, rate / raw, "MB/s", "raw ZeroMQ stream, memory to memory", 1),
-        "expert_update_bytes_share": figure(share, 1.0, 1.0 / share, "share of a full bundle", "whole checkpoint", 1),
+        "link_round_trip_p50_ms": figure(ours, peer, peer / ours, "ms", peer_name, calls),
+        "link_round_trip_resized_jpeg_p50_ms": figure(best, peer, peer / best, "ms", peer_name, calls),
     }
-    return {"figures": figures, "tables": {"bundle": {"bytes": total_bytes, "seconds": seconds}}}
-
-
-# --- swapping while a loop runs --------------------------------------------------------------------------------------
-
-
-def bench_swap(quick: bool) -> dict:
-    """A 20 Hz loop asks for chunks while ten versions are fetched and verified in its process's background thread."""
-    ticks, versions, size = (100, 5, 2**24) if quick else (400, 10, 2**26)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for version in range(1, versions + 1):
-            files = synthetic_weights(folder, version, size)
-            write_bundle(bundle_path(folder / "from", version), files, EMBODIMENT, version, version - 1, 0, {})
-        quiet = paced_loop(ticks, None, None)
-        with publisher_process(folder / "from") as pipe:
-            announce, fetch = pipe.recv()
-            subscriber = CheckpointSubscriber(announce, fetch, folder / "to", EMBODIMENT)
-            swapping = paced_loop(ticks, subscriber, pipe, versions)
-            subscriber.close()
-    extra_ms = (max(swapping) - max(quiet)) * 1e3
-    table = {name: {"p99_ms": float(np.percentile(v, 99)) * 1e3, "max_ms": max(v) * 1e3} for name, v in
-             {"without swaps": quiet, "with swaps": swapping}.items()}  # fmt: skip
-    figures = {"swap_extra_jitter_ms": figure(extra_ms, None, None, "ms", None, versions)}
-    return {"figures": figures, "tables": {"swap": table}}
-
-
-def paced_loop(ticks, subscriber, pipe, versions=0) -> list[float]:
-    """How late each tick was, in s."""
-    observed, announced = observation(480, 640), 0
-    with server_process(serve_ours) as (endpoint, _), call_ours(endpoint, observed, None) as call:
-        grid = Grid(0.05)
-        for tick in range(ticks):
-            grid.wait()
-            call()
-            if subscriber is not None:
-                if announced < versions and tick >= announced * ticks // versions:
-                    announced += 1
-                    pipe.send(announced)
-                if (path := subscriber.poll()) is not None:
-                    subscriber.confirm(int(path.name))
-    return list(grid.late_s)[5:]
+    return {"figures": figures, "tables": {"link_100mbit_10ms": rows}}
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
@@ -494,8 +412,10 @@ def bench_demos(quick: bool) -> dict:
 
 PARTS = {
     "round_trip": bench_round_trip,
-    "bundle": bench_bundle,
-    "swap": bench_swap,
+    "link": bench_link,
+    "bundle": lambda quick: bridge_delivery.bench_bundle(figure, quick),
+    "update": lambda quick: bridge_delivery.bench_update(figure, quick),
+    "swap": lambda quick: bridge_swap.bench_swap(figure, quick),
     "delivery": bench_delivery,
     "demos": bench_demos,
 }
@@ -528,6 +448,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(argv)
+    cv2.setNumThreads(1)
     before = json.loads(options.out.read_text()) if options.out.exists() else {"figures": {}, "tables": {}}
     about = machine()
     figures, tables = before["figures"], before["tables"]
