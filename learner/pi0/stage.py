@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from learner.demo_dataset import DataConfig
 from learner.normalization import MIN_HALF_RANGE_ACTION, MIN_HALF_RANGE_STATE, Quantiles
 from learner.pi0.bundle import load_weights, openpi_normalisers
 from learner.pi0.lerobot_files import PREPROCESSOR, read_processors
@@ -27,9 +28,11 @@ class Pi0SftConfig(SftConfig):
     """Keys of `cotwin sft policy=pi05` (or pi0, or a file of configs/policy whose name begins so)."""
 
     checkpoint: str = ""  # folder in LeRobot's or openpi-PyTorch's layout, or a bundle; `random`: from scratch
+    allow: list[str] = field(default_factory=list)  # released names that may be missing, unexpected or misshapen
     statistics: str = "data"  # normalise by what the demonstrations show, or by the checkpoint's own statistics
     steps: int = 5000
     max_seconds: float = 0.0
+    data: DataConfig = field(default_factory=lambda: DataConfig(hold_steps=0))  # nothing past an episode's end
     optimizer: OptimizerConfig = field(default_factory=fine_tuning)
     policy: Pi0Config = field(default_factory=Pi0Config)  # ty: ignore[incompatible-attribute-override]  the other kind
 
@@ -57,7 +60,7 @@ class Pi0SftConfig(SftConfig):
             state, action = (n.as_lerobot() for n in openpi_normalisers(folder, self.policy))
         policy = Pi0Policy(self.policy, self.embodiment, state, action, device=self.device)
         if self.checkpoint != FROM_SCRATCH:
-            load_weights(policy, folder, fresh=True)
+            load_weights(policy, folder, fresh=True, allow=self.allow)
         return policy
 
 

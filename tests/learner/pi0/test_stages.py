@@ -126,6 +126,17 @@ def test_both_stages_from_released_weights(folder, toy, variant, monkeypatch):
         assert changed(first / f"{name}.safetensors", found[3] / f"{name}.safetensors")
 
 
+@pytest.mark.gpu
+def test_both_stages_on_a_gpu(folder, toy):
+    """Compiled, in bfloat16, with graphs of passes without gradient."""
+    train_sft(dataclasses.replace(sft_config(folder, name="gpu", dtype="bfloat16"), device="cuda"))
+    data = DataConfig(real=[str(folder / "data/stand_in")])
+    assert train(train_config(folder, name="gpu", iterations=2, data=data, device="cuda"))["version"] == 3
+    on_cpu, on_gpu = (load_policy(latest_bundle(folder / "gpu/checkpoints"), device) for device in ("cpu", "cuda"))
+    chunks = [policy.infer(observation(), torch.Generator().manual_seed(1)) for policy in (on_cpu, on_gpu)]
+    assert (chunks[0] - chunks[1]).abs().max() <= 2e-2
+
+
 def test_the_command_picks_the_policys_keys(folder, capsys):
     assert schema([]).__name__ == schema(["policy=small"]).__name__ == "SftConfig"
     assert schema(["steps=1", "policy=pi05"]) is Pi0SftConfig
@@ -194,6 +205,14 @@ def test_an_openpi_folder_starts_stage_one_with_its_own_statistics(folder, tmp_p
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="missing: action_in_proj.bias"):
         train_sft(config)
+    assert train_sft(dataclasses.replace(config, allow=["action_in_proj.bias"]))["version"] == 2
+
+
+def test_nothing_past_an_episodes_end_is_a_target(folder):
+    """The last row of an episode has no step of its own left to teach from: all but its known steps are masked."""
+    assert Pi0SftConfig().data.hold_steps == 0
+    data = DemoDataset(folder / "data/twin", tabletop(), 6, (28, 28), folder / "data/cache", padded=True)
+    assert data.batch(np.array([len(data) - 3])).is_pad.tolist() == [[False] * 3 + [True] * 3]
 
 
 def test_demonstrations_are_padded_as_the_network_sees_them(folder):
