@@ -131,7 +131,7 @@ class ArmThread(threading.Thread):
 
     def _read(self) -> None:
         """The newest state into the ring; judge it and its age."""
-        self.call = "reading the state"
+        self.beat_s, self.call = time.monotonic(), "reading the state"
         state = self._robot.state
         driver, now_s, robot_ms = self.driver, time.monotonic(), state.time.to_sec() * 1e3
         if robot_ms != self._robot_ms:

@@ -154,7 +154,14 @@ class Session:
         if self.safety_state == "FAULT":
             self._acknowledge()
         self._open_hand()
-        self.call("home", timeout_s=self.config.home_timeout_s)
+        try:
+            self.call("home", timeout_s=self.config.home_timeout_s)
+        except SessionError:  # an arm that faults on its way gets one more chance; a dead node does not
+            self.spin(0.5)  # its state is told apart from its answer
+            if self.safety_state != "FAULT":
+                raise
+            self._acknowledge()
+            self.call("home", timeout_s=self.config.home_timeout_s)
         self.wait(self._at_rest, self.config.home_timeout_s, "reaching home", self.check_arm)
         self.scene.reset(seed)
 
