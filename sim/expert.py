@@ -47,6 +47,7 @@ class PickPlaceExpert:
         self._grasp_offset_m = np.append(rng.uniform(-0.004, 0.004, 1), [0.0, rng.uniform(0.0, 0.005)])
         self._place_offset_m = np.append(rng.uniform(-0.01, 0.01, 2), rng.uniform(0.002, 0.005))
         self._speed_share = rng.uniform(0.9, 1.0)
+        self.R_grasp = R_DOWN  # may be set at any time, for objects that want another yaw
         self._cube_in_tcp_m = np.zeros(3)  # cube minus target when the fingers closed, base frame
         self._step_m = self._start_m = np.zeros(3)
         self._last_opening_m = self._release_opening_m = 0.0
@@ -122,7 +123,7 @@ class PickPlaceExpert:
         action = np.zeros(pose.ACTION_DIM)
         self._step_m = np.zeros(3) if goal_m is None else self._next_step(goal_m - T_base_target[:3, 3])
         action[:3] = self._step_m
-        dR = T_base_target[:3, :3].T @ R_DOWN
+        dR = T_base_target[:3, :3].T @ self.R_grasp
         limit = 0.5 * self.embodiment.max_rotation_rad
         action[3:6] = np.clip(pose.rpy_from_matrix(dR), -limit, limit)
         action[6] = -1.0 if self.phase in ("close", "lift", "carry", "lower", "rest") else 1.0

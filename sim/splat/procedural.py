@@ -1,6 +1,6 @@
 """`cotwin splat-scene`: a scene folder without a scan, sampled from the twin's own shapes.
 
-The robot's visual meshes, table, cube and plate become Gaussians bound to the links and actors of PutCubeOnPlate-v0, so
+The robot's visual meshes, the table and a task's objects become Gaussians bound to the twin's links and actors, so
 `render: splat` works before anybody has scanned a cell, and a scan has something to be compared with. Colours are what
 the meshes and the twin's config say, under one baked light.
 """
@@ -21,7 +21,8 @@ from bridge.config import command_line
 from sim.splat import ply, sample
 from sim.splat.cloud import GaussianCloud, merge
 from sim.splat.scene import FORMAT
-from sim.twin.config import TwinConfig
+from sim.twin.config import TASKS, TwinConfig
+from sim.twin.objects import builtin, receptacles
 
 TABLE_SIZE_M = (1.2, 1.4, 0.04)
 TABLE_CENTER_M = (0.45, 0.0, -0.02)
@@ -33,9 +34,10 @@ UNPAINTED = (0.5, 0.5, 0.5)
 @dataclass
 class SplatSceneConfig:
     """`out`: the folder to write. `urdf`: a robot with visual meshes, empty for ManiSkill's Panda. Gaussians go half to
-    the robot, a third to the table and the rest to cube and plate."""
+    the robot, a third to the table and the rest to the task's objects."""
 
     out: str = "runs/splat/tabletop"
+    task: str = TASKS[0]
     num_gaussians: int = 60_000
     urdf: str = ""
     background: tuple[float, float, float] = (0.55, 0.6, 0.65)
@@ -43,12 +45,14 @@ class SplatSceneConfig:
     def __post_init__(self):
         if self.num_gaussians < 100:
             raise ValueError(f"num_gaussians {self.num_gaussians}: at least 100 are needed")
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r}: allowed are {', '.join(TASKS)}")
 
 
 def main(argv: list[str]) -> int | None:
     config = command_line("splat-scene", SplatSceneConfig, argv, __doc__ or "")
     urdf = Path(config.urdf) if config.urdf else panda_urdf()
-    cloud, bodies = tabletop(urdf, config.num_gaussians, TwinConfig())
+    cloud, bodies = tabletop(urdf, config.num_gaussians, TwinConfig(task=config.task))
     write(Path(config.out), cloud, bodies, list(config.background))
     print(f"{len(cloud)} Gaussians in {len(cloud.segment_names)} segments: {config.out}/scene.yaml")
     return 0
@@ -65,24 +69,32 @@ def panda_urdf() -> Path:
 def tabletop(urdf: Path, num: int, twin: TwinConfig) -> tuple[GaussianCloud, dict[str, dict[str, Any]]]:
     """The cloud, and what carries each of its segments (the `segments` entries of scene.yaml)."""
     robot = robot_links(urdf, num // 2)
-    edge = 2 * twin.cube_half_size_m
-    num_table, num_cube = num // 3, num // 12
-    parts = [
-        *robot,
-        sample.box(TABLE_SIZE_M, num_table, twin.table_colour, "table"),
-        sample.box((edge, edge, edge), num_cube, twin.cube_colour, "cube"),
-        sample.cylinder(
-            twin.plate_radius_m,
-            twin.plate_height_m,
-            num - sum(map(len, robot)) - num_table - num_cube,
-            twin.plate_colour,
-            "plate",
-        ),
-    ]
+    table = sample.box(TABLE_SIZE_M, num // 3, twin.table_colour, "table")
+    rest = num - sum(map(len, robot)) - len(table)
+    things = cube_and_plate(rest, twin) if twin.task == TASKS[0] else objects_and_receptacles(rest)
     bodies: dict[str, dict[str, Any]] = {part.segment_names[0]: {"link": part.segment_names[0]} for part in robot}
     bodies["table"] = {"T_world_segment": pose.pose(np.array(TABLE_CENTER_M), np.eye(3)).ravel().tolist()}
-    bodies |= {name: {"actor": name} for name in ("cube", "plate")}
-    return merge([sample.shaded(part, TO_LIGHT, AMBIENT) for part in parts]), bodies
+    bodies |= {part.segment_names[0]: {"actor": part.segment_names[0]} for part in things}
+    return merge([sample.shaded(part, TO_LIGHT, AMBIENT) for part in [*robot, table, *things]]), bodies
+
+
+def cube_and_plate(num: int, twin: TwinConfig) -> list[GaussianCloud]:
+    edge = 2 * twin.cube_half_size_m
+    return [
+        sample.box((edge, edge, edge), num // 2, twin.cube_colour, "cube"),
+        sample.cylinder(twin.plate_radius_m, twin.plate_height_m, num - num // 2, twin.plate_colour, "plate"),
+    ]
+
+
+def objects_and_receptacles(num: int) -> list[GaussianCloud]:
+    """Of PickPlaceTwin-v1, both splits: as many Gaussians to each body, shared out by area among its parts."""
+    made = [one for split in builtin().values() for one in split] + receptacles()
+    clouds = []
+    for one in made:
+        corners = np.concatenate([mesh.triangles for mesh, _ in one.parts])
+        colours = np.concatenate([np.tile(colour, (len(mesh.faces), 3, 1)) for mesh, colour in one.parts])
+        clouds.append(sample.triangles(corners, max(1, num // len(made)), colours, one.name))
+    return clouds
 
 
 def robot_links(urdf: Path, num: int) -> list[GaussianCloud]:

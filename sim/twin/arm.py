@@ -250,7 +250,7 @@ def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -
                 visual = sapien.render.RenderShapeBox(shape.half_size, material)
             else:
                 vertices = np.asarray(shape.vertices) * np.asarray(shape.scale)
-                corners, normals = flat_shaded(vertices, np.asarray(shape.triangles))
+                corners, normals = _flat_shaded(vertices, np.asarray(shape.triangles))
                 faces = np.arange(len(corners), dtype=np.uint32).reshape(-1, 3)
                 visual = sapien.render.RenderShapeTriangleMesh(
                     corners, faces, normals, np.zeros((len(corners), 2), np.float32), material
@@ -260,7 +260,7 @@ def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -
         link.entity.add_component(body)
 
 
-def flat_shaded(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _flat_shaded(vertices: np.ndarray, triangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A triangle soup with one outward normal a face: corners and normals, float32 [3 * triangles, 3]."""
     corners = vertices[triangles]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])

@@ -15,7 +15,8 @@ import numpy as np
 import sapien
 from mani_skill.utils.registration import register_env
 
-from sim.twin.scene import TwinEnv, paint
+from sim.twin.bodies import paint
+from sim.twin.scene import TwinEnv
 
 LEGACY_RADIUS_M = LEGACY_HEIGHT_M = 0.07
 
@@ -38,7 +39,7 @@ class PutCubeOnPlateEnv(TwinEnv):
         plate.add_cylinder_visual(upright, twin.plate_radius_m, half_height, material=paint(twin.plate_colour))
         plate.initial_pose = sapien.Pose([0.5, -0.4, 0.3])
         self.goal = plate.build_kinematic("plate")
-        self._rest_height_m, self._goal_top_m = twin.cube_half_size_m, half_height
+        self.rest_height_m, self.goal_top_m = twin.cube_half_size_m, half_height
 
     def _place(self, rng: np.random.Generator) -> tuple[sapien.Pose, sapien.Pose]:
         twin = self.twin
@@ -52,7 +53,7 @@ class PutCubeOnPlateEnv(TwinEnv):
         return sapien.Pose([*cube_xy, twin.cube_half_size_m]), sapien.Pose([*plate_xy, twin.plate_height_m / 2])
 
     def lies_on_goal(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        resting_z = goal_pos_m[2] + self._goal_top_m + self.twin.cube_half_size_m
+        resting_z = goal_pos_m[2] + self.goal_top_m + self.twin.cube_half_size_m
         return bool(
             np.hypot(*(object_pos_m[:2] - goal_pos_m[:2])) <= self.twin.success_radius_m
             and abs(object_pos_m[2] - resting_z) < 0.01

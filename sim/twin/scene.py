@@ -6,7 +6,7 @@ predicates say what success is. Nothing else differs between tasks, so whatever 
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from mani_skill.utils.structs.types import SimConfig
 from bridge import pose
 from bridge.embodiment import Camera, Embodiment
 from sim.twin.arm import CONTROL_MODE, TwinPanda, use_collision_shapes_as_visuals
+from sim.twin.bodies import paint
 from sim.twin.config import REWARDS, TwinConfig
 from sim.twin.shading import light_shader
 from sim.twin.splat_pictures import View
@@ -52,8 +53,9 @@ class TwinEnv(BaseEnv):
     agent: TwinPanda
     object: Actor  # of this episode, like what follows
     goal: Actor
-    _rest_height_m: float  # of the object's centre on the table
-    _goal_top_m: float  # from the goal's origin to the surface that things are put on
+    bare = False  # without object and goal: for motions of the arm alone
+    rest_height_m: float  # of the object's centre on the table
+    goal_top_m: float  # from the goal's origin to the surface that things are put on
 
     def __init__(self, *args, twin: TwinConfig | None = None, embodiment: Embodiment | None = None, **kwargs):
         self.twin = twin or TwinConfig(task=self.TASK)
@@ -145,8 +147,9 @@ class TwinEnv(BaseEnv):
         self.agent.reset(np.array([*q, finger, finger], dtype=np.float32))
         self.object.set_pose(Pose.create(object_pose))
         self.goal.set_pose(Pose.create(goal_pose))
-        self.object.set_linear_velocity(torch.zeros(1, 3))
-        self.object.set_angular_velocity(torch.zeros(1, 3))
+        if not self.bare:
+            self.object.set_linear_velocity(torch.zeros(1, 3))
+            self.object.set_angular_velocity(torch.zeros(1, 3))
         self._randomize_physics(np.random.default_rng([seed, 1]))
         self._hold_home(q, finger)
         self._stages = dict.fromkeys(("reached", "grasped", "lifted", "over_goal"), False)
@@ -167,7 +170,7 @@ class TwinEnv(BaseEnv):
 
     def _absent(self) -> list[Actor]:
         """Bodies that take no part in this episode."""
-        return []
+        return [self.object, self.goal] if self.bare else []
 
     def _settle(self) -> None:
         """Let the bodies come to rest, where the task does not put them down exactly."""
@@ -208,6 +211,21 @@ class TwinEnv(BaseEnv):
         self._elapsed_steps[:] = 0
         self._initialize_episode(torch.zeros(1, dtype=torch.int64), {})
 
+    def start_arm_at(self, T_base_tcp: np.ndarray, opening_m: float) -> None:
+        """Put the arm at rest where its TCP has this pose [4, 4]. ValueError where it cannot be."""
+        arm, q = self._controllers[0], np.array(self.embodiment.home_joint_pos_rad)
+        q = arm.kinematics.solve(T_base_tcp, q)
+        if q is None:
+            raise ValueError(f"no joint angles near home reach {np.round(T_base_tcp[:3, 3], 3).tolist()} m")
+        self.agent.reset(np.array([*q, opening_m / 2, opening_m / 2], dtype=np.float32))
+        self._hold_home(q, opening_m / 2)
+
+    def set_arm_dynamics(self, stiffness: float, damping: float, latency_s: float) -> None:
+        """From the next reset on, instead of the configured ones."""
+        self.twin = replace(self.twin, arm_stiffness=stiffness, arm_damping=damping, latency_s=latency_s)
+        for joint in self._controllers[0].joints:
+            joint.set_drive_properties(stiffness, damping, force_limit=self.agent.arm_force_limit)
+
     def policy_step(self, action: np.ndarray) -> Facts:
         """One period of the contract's 7-D action, without observation, reward or picture."""
         arm, gripper = self._controllers
@@ -232,7 +250,7 @@ class TwinEnv(BaseEnv):
             gripper_opening_m=float(q[7] + q[8]),
             object_pos_m=np.array(lying.p, dtype=np.float64),
             object_yaw_rad=math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z)),
-            goal_pos_m=goal + np.array([0.0, 0.0, self._goal_top_m]),
+            goal_pos_m=goal + np.array([0.0, 0.0, self.goal_top_m]),
             success=succeeded(lying.p, goal),
             stages=dict(self._stages),
         )
@@ -260,7 +278,8 @@ class TwinEnv(BaseEnv):
                 depth_m[name] = nearest(distance_m, self.twin.supersampling)
         absent = {actor.name for actor in self._absent()}
         bodies = [self._link(name).entity_pose.to_transformation_matrix() for name in links]
-        bodies += [ABSENT if n in absent else self.bodies[n].pose.to_transformation_matrix() for n in actors]
+        present = {name: entity for name, entity in self.bodies.items() if name not in absent}
+        bodies += [present[n].pose.to_transformation_matrix() if n in present else ABSENT for n in actors]
         T_base_tcp = self._tcp.entity_pose.to_transformation_matrix().astype(np.float64)
         cameras = [
             (T_base_tcp if camera.mount == "tcp" else np.eye(4)) @ camera.matrix @ self._camera_offsets[name]
@@ -271,12 +290,18 @@ class TwinEnv(BaseEnv):
 
     @property
     def bodies(self) -> dict[str, sapien.Entity]:
-        """Actors of the task by name."""
+        """Actors of the scene by name."""
         return {name: actor._objs[0] for name, actor in self.scene.actors.items()}
+
+    @property
+    def actor_names(self) -> set[str]:
+        """Of all actors that an episode of the task may show."""
+        return set(self.scene.actors)
 
     def hide(self, links: list[str], actors: list[str]) -> None:
         """SAPIEN draws these no more."""
-        for entity in [self._link(name).entity for name in links] + [self.bodies[name] for name in actors]:
+        shown = [self.bodies[name] for name in actors if name in self.bodies]
+        for entity in [self._link(name).entity for name in links] + shown:
             body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
             if body is not None:
                 entity.remove_component(body)
@@ -323,7 +348,7 @@ class TwinEnv(BaseEnv):
         held = self._fingers_touching() == 2
         s["reached"] |= distance < 0.03
         s["grasped"] |= held
-        s["lifted"] |= held and bool(object_pos_m[2] > self._rest_height_m + LIFTED_M)
+        s["lifted"] |= held and bool(object_pos_m[2] > self.rest_height_m + LIFTED_M)
         s["over_goal"] |= s["lifted"] and math.dist(object_pos_m[:2], goal_pos_m[:2]) < self.twin.success_radius_m
 
     def _renew_physics(self) -> None:
@@ -407,13 +432,6 @@ def nearest(distance_m: np.ndarray, share: int) -> np.ndarray:
     """float32 [H * share, W * share], 0 where nothing is -> [H, W]: the nearest of each block, inf where nothing is."""
     depth_m = np.where(distance_m > 0, distance_m, np.inf)
     return np.minimum.reduce([depth_m[i::share, j::share] for i in range(share) for j in range(share)])
-
-
-def paint(colour) -> sapien.render.RenderMaterial:
-    material = sapien.render.RenderMaterial()
-    material.base_color = [*map(float, colour), 1.0]
-    material.roughness, material.specular = 0.9, 0.1
-    return material
 
 
 def repaint(entities: list[sapien.Entity], colour: np.ndarray) -> None:

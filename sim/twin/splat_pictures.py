@@ -45,6 +45,10 @@ class SplatPictures:
         still = r.camera_pos_m == r.camera_rot_rad == 0.0
         self._fixed = [still and one for one in fixed]
 
+    @property
+    def device(self) -> torch.device:
+        return self._renderer.device
+
     def draw(self, views: Sequence[View]) -> dict[str, np.ndarray]:
         """uint8 [N, H, W, 3] for each camera."""
         bodies = torch.from_numpy(np.stack([view.T_base_body for view in views]))

@@ -190,6 +190,11 @@ class TwinVectorEnv:
         self._complete(request)
         return [request.answers[env] for env in request.ids]
 
+    @property
+    def splat_device(self) -> str:
+        """Where splats are drawn, empty where none are."""
+        return "" if self._splats is None else str(self._splats.device)
+
     def watch(self, env_id: int, on: bool = True) -> None:
         """From now on the environment also draws a picture after every policy step, for a video. One a worker."""
         self._complete(self._ask("watch", [env_id], [on]))

@@ -33,6 +33,7 @@ class Twin:
         os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's CPU renderer: parallel by processes, not by threads
         import gymnasium as gym
 
+        import sim.twin.pick_place
         import sim.twin.put_cube  # noqa: F401  registers the tasks
 
         self.config, self.embodiment, self.render = config, embodiment, render
@@ -100,7 +101,7 @@ class Twin:
 
     def _bind(self, scene: Path) -> None:
         links, actors, has_fixed = carriers(scene)
-        for known, wanted in ((self.env.agent.robot.links_map, links), (self.env.bodies, actors)):
+        for known, wanted in ((self.env.agent.robot.links_map, links), (self.env.actor_names, actors)):
             if unknown := sorted(set(wanted) - set(known)):
                 raise ValueError(f"{scene}: {self.config.task} has no {unknown}; it has {', '.join(sorted(known))}")
         self._bound = links, actors

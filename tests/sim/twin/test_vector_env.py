@@ -142,6 +142,7 @@ def test_workers_give_the_same_and_a_dead_one_is_replaced(embodiment, caplog):
         frames = env.frames(1)
         assert len(frames) == 3  # of the second episode's steps 6 to 8, the limit
         assert env.frames(1) == []
+        fifth = env.step_chunk(actions[0])
         assert frames[0].shape == (config.picture_height, config.picture_width, 3)
     with TwinVectorEnv(config, embodiment, 3, 2, seed=4) as env:
         remote = run(env)
@@ -174,4 +175,26 @@ def test_workers_give_the_same_and_a_dead_one_is_replaced(embodiment, caplog):
         after = env.step_chunk(actions[0])
         assert not after.lost.any()
         assert after.valid.all()
+        assert after.seeds.tolist() == fifth.seeds.tolist()  # the streams go on, with the lost episodes left out
     assert not victim.is_alive()
+
+
+def test_groups_share_their_start_states(embodiment):
+    with pytest.raises(ValueError, match="multiple"):
+        TwinVectorEnv(TwinConfig(), embodiment, 3, 0, group_size=2, render=False)
+    with TwinVectorEnv(TwinConfig(max_steps=5), embodiment, 4, 0, seed=1, group_size=2, render=False) as env:
+        starts = []
+        for _ in range(3):
+            state = env.reset().state
+            objects = np.stack([poses["object_pos_m"] for poses in env.info_poses()])
+            assert np.array_equal(state[0::2], state[1::2])
+            assert np.array_equal(objects[0::2], objects[1::2])
+            starts += [*state[::2]]
+            env.reset(env_ids=[1])  # one is an episode ahead; the next reset of its group begins the same for all
+        assert len({tuple(start) for start in starts}) == 6
+        env.reset()
+        different = np.random.default_rng(0).uniform(-0.02, 0.02, (4, 5, 7)).astype(np.float32)
+        result = env.step_chunk(different)  # all end here
+        assert result.truncated.any(1).all()
+        assert not np.array_equal(result.final_observation.state[0], result.final_observation.state[1])
+        assert np.array_equal(result.observation.state[0::2], result.observation.state[1::2])

@@ -1,0 +1,132 @@
+"""SAPIEN, splats, or both: the same observation keys, sizes and types, from the same states."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import yaml
+
+from sim.splat.config import SplatConfig
+from sim.splat.procedural import panda_urdf, tabletop, write
+from sim.twin.config import Randomization, TwinConfig
+from sim.twin.vector_env import TwinVectorEnv
+from sim.twin.worker import Twin
+
+STILL = Randomization(light=0.0, colour=0.0, camera_pos_m=0.0, camera_rot_rad=0.0)
+SMALL = TwinConfig(picture_width=64, picture_height=48, randomization=STILL, max_steps=4)
+BLUE = [0.1, 0.2, 0.9]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scene")
+    write(folder, *tabletop(panda_urdf(), 2500, TwinConfig()), BLUE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def robot_only(tmp_path_factory):
+    """A scene without cube and plate, and without a table."""
+    folder = tmp_path_factory.mktemp("robot")
+    write(folder, *tabletop(panda_urdf(), 2500, TwinConfig()), BLUE)
+    data = yaml.safe_load((folder / "scene.yaml").read_text())
+    data["segments"] = {name: carrier for name, carrier in data["segments"].items() if "link" in carrier}
+    data["clouds"] = [cloud for cloud in data["clouds"] if cloud["segment"] in data["segments"]]
+    (folder / "scene.yaml").write_text(yaml.safe_dump(data))
+    return folder
+
+
+def splats(scene, **more) -> TwinConfig:
+    return dataclasses.replace(SMALL, render="splat", splat=SplatConfig(str(scene), device="cpu"), **more)
+
+
+def red(pictures: np.ndarray) -> np.ndarray:
+    r, g, b = np.moveaxis(pictures.astype(int), -1, 0)
+    return (r > 60) & (g < 0.6 * r) & (b < 0.6 * r)
+
+
+def test_all_renderers_give_the_same_observation(embodiment, scene, robot_only):
+    move = np.tile(np.float32([0.02, 0.02, -0.02, 0, 0, 0, 1]), (2, 3, 1))
+    composite = dataclasses.replace(splats(robot_only), render="composite")
+    seen = {}
+    for name, config in {"sapien": SMALL, "splat": splats(scene), "composite": composite}.items():
+        with TwinVectorEnv(config, embodiment, 2, 0, auto_reset=False) as env:
+            env.reset([3, 4])
+            seen[name] = env.step_chunk(move).observation
+    sapien = seen["sapien"]
+    for name, observation in seen.items():
+        assert sorted(observation.images) == ["third_person", "wrist"], name
+        for pictures in observation.images.values():
+            assert pictures.shape == (2, 48, 64, 3)
+            assert pictures.dtype == np.uint8
+        assert np.array_equal(observation.state, sapien.state), name
+    for row in range(2):  # the cube is drawn at the same place by each
+        wanted = red(sapien.images["third_person"][row])
+        assert wanted.sum() > 8
+        for name in ("splat", "composite"):
+            found = red(seen[name].images["third_person"][row])
+            assert found.sum() > 0.5 * wanted.sum(), name
+            assert np.abs(np.argwhere(found).mean(0) - np.argwhere(wanted).mean(0)).max() < 2.5, (
+                name
+            )  # px; the table is coarse
+    # SAPIEN's pixels are untouched where the splats have none, and the arm is theirs
+    where = red(sapien.images["third_person"]) & red(seen["composite"].images["third_person"])
+    assert np.array_equal(seen["composite"].images["third_person"][where], sapien.images["third_person"][where])
+    top = seen["composite"].images["third_person"][:, :4].astype(int)
+    assert (top[..., 2] > top[..., 0] + 60).any()  # the background is the splat scene's
+
+
+def test_what_ended_is_drawn_as_it_was(embodiment, scene):
+    """With auto reset: the last picture of the episode, beside the first of the next, in one call."""
+    move = np.tile(np.float32([0.02, 0.02, -0.02, 0, 0, 0, 1]), (2, 4, 1))
+    with TwinVectorEnv(splats(scene), embodiment, 2, 0, auto_reset=False) as env:
+        env.reset([3, 4])
+        last = env.step_chunk(move).observation
+        env.reset([9], [1])
+        alone = env.step_chunk(move[1:], [1]).observation
+    with TwinVectorEnv(splats(scene), embodiment, 2, 0) as env:
+        env.reset([3, 4])
+        result = env.step_chunk(move)
+        env.reset([8, 9])
+        together = env.step_chunk(move).final_observation
+    assert result.truncated[:, 3].all()
+    for name, pictures in last.images.items():
+        assert np.array_equal(result.final_observation.images[name], pictures)
+        assert not np.array_equal(result.observation.images[name], pictures)
+        assert np.array_equal(together.images[name][1], alone.images[name][0])  # batched like alone
+
+
+def test_one_twin_draws_what_the_vector_env_draws(embodiment, scene):
+    config = splats(scene, randomization=Randomization(0.3, 0.0, 0.01, 0.02))
+    twin = Twin(config, embodiment)
+    twin.reset(5)
+    with TwinVectorEnv(config, embodiment, 1, 0) as env:
+        seen = env.reset([5])
+        other = env.reset([6])
+    for name, picture in twin.pictures().items():
+        assert np.array_equal(picture, seen.images[name][0])
+        assert not np.array_equal(picture, other.images[name][0])
+    still = Twin(splats(scene), embodiment)
+    still.reset(5)
+    ratio = twin.pictures()["third_person"][0, 0] / still.pictures()["third_person"][0, 0]
+    assert np.allclose(ratio, twin.view().light, atol=0.02)  # the background takes the light's share
+    assert abs(twin.view().light - 1) > 0.02
+
+
+def test_gs_kwargs_and_scenes_are_checked(embodiment, scene, tmp_path):
+    peer = {"render_interface": "gs_rlinf", "cache_table": False, "render_bs": 4, "device": "cpu"}
+    mapped = TwinConfig(render="splat", splat=SplatConfig(str(scene)), gs_kwargs=peer).splat
+    assert mapped == SplatConfig(str(scene), device="cpu", cache_fixed=False, images_per_call=4)
+    with pytest.raises(ValueError, match="render_bs"):
+        TwinConfig(splat=SplatConfig(str(scene)), gs_kwargs={"render_b": 4})
+    with pytest.raises(ValueError, match="needs a scene folder"):
+        TwinConfig(render="splat")
+    with pytest.raises(ValueError, match="allowed are sapien, splat, composite"):
+        TwinConfig(render="raster")
+    data = yaml.safe_load((scene / "scene.yaml").read_text())
+    data["segments"]["cube"] = {"actor": "teapot"}
+    (tmp_path / "scene.yaml").write_text(yaml.safe_dump(data))
+    for path in scene.glob("*.ply"):
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match=r"no \['teapot'\].*cube, plate"):
+        Twin(splats(tmp_path), embodiment)
