@@ -16,6 +16,7 @@ COMMANDS = {
     "robot": ("robot.black_box", "go through a recorded fault again: cotwin robot replay FILE"),
     "demos": ("bridge.demo_server", "receive demonstrations from robots into a data set"),
     "twin-demos": ("sim.twin.demos", "scripted demonstrations in the twin to a LeRobot data set"),
+    "twin": ("sim.twin.command", "check the twin, replay recordings in it, fit its arm to them"),
     "splat-scene": ("sim.splat.procedural", "write a splat scene sampled from the twin's own shapes"),
     "sft": ("learner.sft", "Stage I: supervised training on real and twin demonstrations"),
     "train": ("learner.train", "Stage II: PPO in the twin with an SFT term on real demonstrations"),

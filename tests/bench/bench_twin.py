@@ -1,0 +1,202 @@
+"""The twin's speed beside stock ManiSkill, and what fitting its arm to recordings gains.
+
+    python -m tests.bench.bench_twin --workers 16 --out docs/results/twin.json
+    python -m tests.bench.bench_twin --only replay --data runs/demo/data/stand_in --out docs/results/twin.json
+    python -m tests.bench.bench_twin --only legacy --out docs/results/twin.json
+    python -m tests.bench.bench_twin --only splat --workers 16 --scene runs/splat/tabletop --size 224   # one GPU
+
+`state`, `rgb`: as many worker processes on both sides, one environment each, a picture (ours: of two cameras) after
+every policy step of 10 physics steps. Peer: ManiSkill's own CPU recipe, `gym.vector.AsyncVectorEnv` of PickCube-v1 in
+`CPUGymWrapper`, with the same rates, controller and picture size. `splat`: one picture a chunk of 5 from splats, beside
+SAPIEN's by as many workers. Figures are merged into the file; what it held under other names stays.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.config import load
+from bridge.dataset import DatasetStore
+from sim.splat.config import SplatConfig
+from sim.twin.command import fitted
+from sim.twin.config import TwinConfig
+from sim.twin.demos import TwinDemosConfig
+from sim.twin.replay import recordings
+from sim.twin.scripted import BEHAVIOURS, judge
+from sim.twin.vector_env import TwinVectorEnv
+from sim.twin.worker import Twin
+
+PARTS = ("state", "rgb", "splat", "replay", "legacy")
+RATE_HZ, SIM_HZ, WARM_UP = 10, 100, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=["state", "rgb"])
+    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=200, help="policy steps of each environment")
+    parser.add_argument("--size", type=int, default=128, help="pictures are so many pixels wide and high")
+    parser.add_argument("--episodes", type=int, default=4, help="replay: fitted on; as many more are held out")
+    parser.add_argument("--trials", type=int, default=50, help="legacy: episodes of each behaviour and task")
+    parser.add_argument("--data", type=Path, help="replay: recorded data set")
+    parser.add_argument("--scene", type=Path, help="splat: scene folder")
+    args = parser.parse_args()
+    measure = {"state": speed, "rgb": speed, "splat": splat_speed, "replay": replay_error, "legacy": legacy_errors}
+    figures: dict[str, Any] = {}
+    for part in args.only:
+        figures |= measure[part](part, args)
+        print(json.dumps(figures, indent=2), flush=True)
+    merge(args.out, figures)
+
+
+def merge(path: Path, figures: dict[str, Any]) -> None:
+    """Each of our figures names its own machine; the file's head stays that of whoever wrote it first."""
+    machine = {"cpu_cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = {"name": "twin", "date": time.strftime("%Y-%m-%d"), "commit": commit}
+    head |= {"command": "python -m tests.bench.bench_twin", "machine": machine, "figures": {}}
+    found = json.loads(path.read_text()) if path.exists() else head
+    where = {"machine": machine, "commit": commit, "date": head["date"], "command": head["command"]}
+    found["figures"] |= {name: figure | where for name, figure in figures.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def figure(ours: float, peer: float | None, unit: str, peer_name: str, higher_is_better: bool, **more: Any) -> dict:
+    ratio = None if not peer else (ours / peer if higher_is_better else peer / ours)
+    return {"ours": ours, "peer": peer, "ratio": ratio, "unit": unit, "peer_name": peer_name} | more
+
+
+def speed(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    config, embodiment = settings(args.size)
+    with_pictures = part == "rgb"
+    with TwinVectorEnv(config, embodiment, args.workers, args.workers, render=with_pictures) as env:
+        ours, ours_5 = (steps_per_s(env, args.steps, chunk) for chunk in (1, 5))
+    peer = stock_steps_per_s(args, with_pictures)
+    more = {"n": args.steps * args.workers, "workers": args.workers, "ours_chunks_of_5": ours_5}
+    return {
+        f"cpu_{part}_steps_per_s": figure(
+            ours, peer, "steps/s", "stock ManiSkill AsyncVectorEnv PickCube-v1", True, **more
+        )
+    }
+
+
+def settings(size: int) -> tuple[TwinConfig, Any]:
+    made = load("twin-demos", TwinDemosConfig)
+    return dataclasses.replace(made.twin, picture_width=size, picture_height=size), made.embodiment
+
+
+def steps_per_s(env: TwinVectorEnv, steps: int, chunk: int) -> float:
+    """Policy steps of all environments a second; episodes that end begin anew inside the time."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.02, 0.02, (steps // chunk, env.num_envs, chunk, 7)).astype(np.float32)
+    env.reset(range(env.num_envs))
+    for _ in range(WARM_UP):
+        env.step_chunk(actions[0])
+    started_s = time.monotonic()
+    done = sum(int(env.step_chunk(part).valid.sum()) for part in actions)
+    return done / (time.monotonic() - started_s)
+
+
+def stock_steps_per_s(args: argparse.Namespace, with_pictures: bool) -> float:
+    import gymnasium as gym
+
+    env = gym.vector.AsyncVectorEnv([StockEnv(args.size, with_pictures)] * args.workers, context="spawn")
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (args.steps, *env.action_space.shape)).astype(np.float32)
+    for action in actions[:WARM_UP]:
+        env.step(action)
+    started_s = time.monotonic()
+    for action in actions:
+        env.step(action)
+    rate = len(actions) * args.workers / (time.monotonic() - started_s)
+    env.close()
+    return rate
+
+
+@dataclasses.dataclass(frozen=True)
+class StockEnv:
+    """Makes one stock environment in its worker process."""
+
+    size: int
+    with_pictures: bool
+
+    def __call__(self) -> Any:
+        os.environ.setdefault("LP_NUM_THREADS", "0")
+        import gymnasium as gym
+        import mani_skill.envs  # noqa: F401  registers the tasks
+        from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
+
+        env = gym.make(
+            "PickCube-v1",
+            num_envs=1,
+            obs_mode="rgb" if self.with_pictures else "state",
+            control_mode="pd_ee_target_delta_pose",
+            sim_backend="physx_cpu",
+            render_backend="cpu" if self.with_pictures else "none",
+            sim_config={"sim_freq": SIM_HZ, "control_freq": RATE_HZ},
+            sensor_configs={"width": self.size, "height": self.size},
+        )
+        return CPUGymWrapper(env, ignore_terminations=True)
+
+
+def splat_speed(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The peer draws with SAPIEN in the workers, through the same interface."""
+    config, embodiment = settings(args.size)
+    rates = {}
+    for render in ("splat", "sapien"):
+        scene = SplatConfig(scene=str(args.scene))
+        with TwinVectorEnv(
+            dataclasses.replace(config, render=render, splat=scene), embodiment, 4 * args.workers, args.workers
+        ) as env:
+            rates[render] = steps_per_s(env, args.steps, 5)
+            device = env.splat_device or "CPU"
+            print(render, device, rates[render], flush=True)
+    more = {"n": 4 * args.steps * args.workers, "workers": args.workers, "size_px": args.size}
+    peer = "the twin's own SAPIEN pictures, drawn on the CPU"
+    return {"env_steps_per_s_16_workers": figure(rates["splat"], rates["sapien"], "steps/s", peer, True, **more)}
+
+
+def replay_error(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    store = DatasetStore.open(args.data)
+    found = recordings(store, range(2 * args.episodes))
+    twin = Twin(load("twin-demos", TwinDemosConfig).twin, store.embodiment, render=False)
+    got = fitted(twin, found[: args.episodes], found[args.episodes :])
+    before, after = got["held_out_error_mm_before"], got["held_out_error_mm_after"]
+    more = {"n": args.episodes, "found": got, "domain": store.episodes()[0]["domain"]}
+    name = "the twin before the fit, on the same held-out episodes"
+    return {"replay_error_reduction": figure(after, before, "mm", name, False, **more)}
+
+
+def legacy_errors(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Of episodes whose object was never put down and let go, the share that the peer's predicate calls a success."""
+    figures = {}
+    for task, groups in {"put_cube": [], "pick_place": ["twin=pick_place", "embodiment=rl_co"]}.items():
+        made = load("twin-demos", TwinDemosConfig, groups)
+        twin = Twin(made.twin, made.embodiment, render=False)
+        judged = {name: judge(twin, name, range(args.trials)) for name in BEHAVIOURS}
+        failures = [one for episodes in judged.values() for one in episodes if not one.stable]
+        counts = {
+            name: {"legacy": sum(one.legacy for one in episodes), "stable": sum(one.stable for one in episodes)}
+            for name, episodes in judged.items()
+        }
+        rate = sum(one.legacy for one in failures) / len(failures)
+        more = {"n": len(failures), "successes_of_each": counts, "trials_of_each": args.trials}
+        figures[f"legacy_false_positive_rate_{task}"] = figure(
+            0.0, rate, "share", "the peer's predicate; ours defines success", False, **more
+        ) | {"ratio": None}
+    return figures
+
+
+if __name__ == "__main__":
+    main()
