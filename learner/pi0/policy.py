@@ -218,11 +218,12 @@ class Pi0Policy(nn.Module):
 
     @torch.no_grad()
     def value(self, prepared: Prepared) -> Tensor:
-        """The critic alone. One on the expert reads the features of a freshly sampled chunk."""
+        """The critic alone. One on the expert reads the features of a chunk, always from the same noise: an observation
+        has one value, and global randomness no part in it."""
         self.refresh()
         if self.value_head is None or self.config.value_after_vlm:
             return self._value(self._prefix_tensors(prepared)[1], torch.empty(len(prepared), 0, device=self.device))
-        return self.sample(prepared).value
+        return self.sample(prepared, torch.Generator().manual_seed(0)).value
 
     def scores(self, prepared: Prepared, chain: Tensor, denoise_index: Tensor) -> Scores:
         flow, device = self.config.flow, self.device

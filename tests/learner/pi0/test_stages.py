@@ -89,9 +89,10 @@ def observation() -> ObservationBatch:
 
 @pytest.mark.parametrize("variant", ["pi05", "pi0"])
 def test_both_stages_from_released_weights(folder, toy, variant, monkeypatch):
-    """pi0.5 trains its expert, pi0 adapters on it; interrupted in Stage II they go on as if they had not been."""
-    lora = LoraConfig(2, on_prefix=False, on_expert=True) if variant == "pi0" else LoraConfig()
-    figures = train_sft(sft_config(folder, variant, f"run_{variant}", lora=lora))
+    """pi0.5 trains its expert, critic on the prefix; pi0 adapters on the expert, critic on it too. Interrupted in Stage
+    II they go on as if they had not been."""
+    adapted = dict(lora=LoraConfig(2, on_prefix=False, on_expert=True), value_after_vlm=False)
+    train_sft(sft_config(folder, variant, f"run_{variant}", **(adapted if variant == "pi0" else {})))
     run = folder / f"run_{variant}"
     first = latest_bundle(run / "checkpoints")
     moved = changed(folder / variant / "model.safetensors", first / "model.safetensors")
