@@ -50,16 +50,16 @@ def load[Config](name: str, schema: type[Config], overrides: list[str] | None = 
 
 def command_line[Config](name: str, schema: type[Config], argv: list[str], about: str) -> Config:
     """`load` for entry points: prints help or a one-line error and exits instead of raising."""
-    if "-h" in argv or "--help" in argv:
-        print(f"usage: cotwin {name} [key=value ...]\n\n{(about or '').strip()}\n\nkeys and defaults:")
-        print(
-            "\n".join(f"  {line}" for line in OmegaConf.to_yaml(OmegaConf.structured(load(name, schema))).splitlines())
-        )
-        sys.exit(0)
+    asked = [text for text in argv if text not in ("-h", "--help")]
     try:
-        return load(name, schema, argv)
+        config = load(name, schema, asked)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if asked != argv:
+        print(f"usage: cotwin {name} [key=value ...]\n\n{(about or '').strip()}\n\nkeys and values:")
+        print("\n".join(f"  {line}" for line in OmegaConf.to_yaml(OmegaConf.structured(config)).splitlines()))
+        sys.exit(0)
+    return config
 
 
 def save(config: Any, path: Path) -> None:

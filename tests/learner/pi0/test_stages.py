@@ -151,6 +151,9 @@ def test_the_command_picks_the_policys_keys(folder, capsys):
         f"policy.model.expert={{width: 32, mlp_width: 48, {gemma}}}",
         *("policy.model.vocabulary=300", "policy.model.prompt_tokens=16", "policy.dtype=float32"),
     ]
+    with pytest.raises(SystemExit):
+        main(["policy=pi05", "--help"])
+    assert "value_after_vlm: true" in capsys.readouterr().out
     assert main(command) == 1
     assert "set checkpoint to their folder" in capsys.readouterr().err
     assert main([*command, "checkpoint=random"]) == 0
