@@ -22,11 +22,11 @@ from bridge.dataset import DatasetStore, EpisodeWriter, video_path
 from bridge.embodiment import Embodiment
 from bridge.run_files import append_line, read_lines, write_stage
 from bridge.statistics import wilson_interval
-from sim.expert import PickPlaceExpert
 from sim.twin.config import TwinConfig
+from sim.twin.scripted import behaviour
 from sim.twin.worker import Twin
 
-REPO_ID = "cotwin/twin_put_cube_on_plate"
+REPO_IDS = {"PutCubeOnPlate-v0": "cotwin/twin_put_cube_on_plate", "PickPlaceTwin-v1": "cotwin/twin_pick_place"}
 SEED_BASE = 100_000  # training scenes; evaluations count from other bases
 
 
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
     started_s = time.monotonic()
     root = config.run / "data" / "twin"
     size = (config.twin.picture_height, config.twin.picture_width)
-    store = DatasetStore.open_or_create(root, REPO_ID, config.embodiment, int(config.embodiment.policy_rate_hz), size)
+    repo_id, rate_hz = REPO_IDS[config.twin.task], int(config.embodiment.policy_rate_hz)
+    store = DatasetStore.open_or_create(root, repo_id, config.embodiment, rate_hz, size)
     attempts_file = config.run / "twin_demos" / "attempts.jsonl"
     episodes_before = store.num_episodes
     fresh_steps = record(config, store, attempts_file)
@@ -149,17 +150,16 @@ def _attempt(seed: int) -> Attempt:
 def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) -> Attempt:
     """One episode of the expert from a displaced start, written to `folder` when it succeeds."""
     embodiment, period_ns = config.embodiment, round(1e9 / config.embodiment.policy_rate_hz)
-    expert = PickPlaceExpert(embodiment, seed)
     twin.reset(seed)
     rng = np.random.default_rng([seed, 1])
     displace(twin, rng, config.start_range_m)
+    act = behaviour("expert", twin, seed)
     size = (config.twin.picture_height, config.twin.picture_width)
     instruction = embodiment.instructions[0]
     writer = EpisodeWriter(folder, embodiment, int(embodiment.policy_rate_hz), instruction, "twin", size)
     steps = 0
     while not twin.ended:
-        facts = twin.facts
-        action = expert.act(facts.T_base_target, facts.gripper_opening_m, facts.object_pos_m, facts.goal_pos_m)
+        action = act()
         row = {
             "observation.state": twin.state,
             "action": action,

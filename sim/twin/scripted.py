@@ -15,6 +15,7 @@ from sim.twin.worker import Twin
 
 Behaviour = Callable[[], np.ndarray]
 BEHAVIOURS = ("expert", "hold", "shove")
+ALIGNED_RAD = 1e-3
 HOVER_M = 0.12  # over the object, while the hand turns
 MAX_STEP_M = 0.03
 
@@ -100,9 +101,10 @@ def _judge(twin: Twin, name: str, seed: int) -> Judged:
 
 def _expert(twin: Twin, scripted: PickPlaceExpert) -> Behaviour:
     """The stand-in cell's expert, which keeps one orientation, once the hand has turned to the object."""
-    limit_rad, turned = twin.embodiment.max_rotation_rad, False
-    yaw_rad = (twin.facts.object_yaw_rad + np.pi / 2) % np.pi - np.pi / 2  # fingers do not mind half a turn
-    scripted.R_grasp = matrix_from_rpy([0.0, 0.0, yaw_rad]) @ R_DOWN
+    limit_rad, yaw_rad = twin.embodiment.max_rotation_rad, twin.facts.object_yaw_rad
+    yaw_rad = (yaw_rad + np.pi / 2) % np.pi - np.pi / 2  # fingers do not mind half a turn
+    turned = abs(yaw_rad) < ALIGNED_RAD
+    scripted.R_grasp = R_DOWN if turned else matrix_from_rpy([0.0, 0.0, yaw_rad]) @ R_DOWN
 
     def act() -> np.ndarray:
         nonlocal turned

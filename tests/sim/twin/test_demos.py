@@ -6,7 +6,7 @@ import pytest
 from bridge import pose
 from bridge.dataset import DatasetStore, read_episode, video_path
 from bridge.video import decode_frames
-from sim.twin.demos import REPO_ID, TwinDemosConfig, demonstrate, main
+from sim.twin.demos import REPO_IDS, TwinDemosConfig, demonstrate, main
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def config(twin, embodiment, tmp_path):
 
 def test_a_demonstration_becomes_an_episode_of_the_contract(twin, embodiment, config, tmp_path):
     size = (twin.config.picture_height, twin.config.picture_width)
-    store = DatasetStore.create(tmp_path / "data", REPO_ID, embodiment, 10, size)
+    store = DatasetStore.create(tmp_path / "data", REPO_IDS["PutCubeOnPlate-v0"], embodiment, 10, size)
     attempt = demonstrate(twin, config, 5, tmp_path / "episode")
     assert attempt.success
     store.append(tmp_path / "episode")
@@ -73,7 +73,7 @@ def test_command_fills_a_data_set_that_lerobot_reads_and_resumes(tmp_path):
     attempts = [json.loads(line) for line in (tmp_path / "t/twin_demos/attempts.jsonl").read_text().splitlines()]
     seeds = [attempt["seed"] for attempt in attempts]
     assert seeds == list(range(seeds[0], seeds[0] + len(seeds)))  # goes on where it stopped
-    dataset = LeRobotDataset(REPO_ID, root=tmp_path / "t/data/twin", video_backend="pyav")
+    dataset = LeRobotDataset(REPO_IDS["PutCubeOnPlate-v0"], root=tmp_path / "t/data/twin", video_backend="pyav")
     assert dataset.num_episodes == 3
     assert dataset.fps == 10
     sample = dataset[len(dataset) - 1]

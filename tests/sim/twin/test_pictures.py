@@ -8,6 +8,7 @@ import yaml
 
 from sim.splat.config import SplatConfig
 from sim.splat.procedural import panda_urdf, tabletop, write
+from sim.twin.command import check
 from sim.twin.config import Randomization, TwinConfig
 from sim.twin.vector_env import TwinVectorEnv
 from sim.twin.worker import Twin
@@ -130,3 +131,13 @@ def test_gs_kwargs_and_scenes_are_checked(embodiment, scene, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(ValueError, match=r"no \['teapot'\].*cube, plate"):
         Twin(splats(tmp_path), embodiment)
+
+
+def test_selfcheck_says_what_is_wrong(scene, tmp_path):
+    assert check("PutCubeOnPlate-v0", "splat", scene)["result"] == "ok"
+    data = yaml.safe_load((scene / "scene.yaml").read_text())
+    data["segments"] = {"table": data["segments"]["table"]}
+    data["clouds"] = [cloud for cloud in data["clouds"] if cloud["segment"] == "table"]
+    (tmp_path / "scene.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "table.ply").symlink_to(scene / "table.ply")
+    assert "third_person did not change" in check("PutCubeOnPlate-v0", "splat", tmp_path)["result"]
