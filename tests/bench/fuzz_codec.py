@@ -54,8 +54,10 @@ def survive(data: bytes) -> None:
     header, rest = data[2 : 2 + size], data[2 + size :]
     step = max(1, len(rest) // max(1, count))
     frames = [rest[k * step : (k + 1) * step] for k in range(count)]
-    tracemalloc.start()
-    before_s = time.thread_time()
+    if not tracemalloc.is_tracing():  # once: starting anew for each message leaks in tracemalloc itself
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before_bytes, before_s = tracemalloc.get_traced_memory()[0], time.thread_time()
     try:
         body = decode([zlib.crc32(header).to_bytes(4, "little") + header, *frames], LIMITS, open_picture).body
         SEEN.decoded += 1
@@ -63,8 +65,7 @@ def survive(data: bytes) -> None:
     except BridgeError:
         pass
     finally:
-        took_s, peak = time.thread_time() - before_s, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        took_s, peak = time.thread_time() - before_s, tracemalloc.get_traced_memory()[1] - before_bytes
     SEEN.cases += 1
     SEEN.peak_bytes, SEEN.slowest_s = max(SEEN.peak_bytes, peak), max(SEEN.slowest_s, took_s)
     if peak > MOST_BYTES or took_s > MOST_CPU_S:
@@ -169,11 +170,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=here)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(argv)
-    before = json.loads(options.out.read_text()) if options.out.exists() else {"tables": {"engines": {}}}
-    engines = before["tables"]["engines"]
     for name in options.engines:
-        engines[name] = {"seconds": options.seconds} | ENGINES[name](options.seconds)
-        print(name, engines[name], flush=True)
+        row = {"seconds": options.seconds} | ENGINES[name](options.seconds)
+        print(name, row, flush=True)
+        record(options.out, name, row, argv)
+    return 0
+
+
+def record(path: Path, engine: str, row: dict, argv: list[str]) -> None:
+    """Beside what the file holds of the other engine."""
+    engines = json.loads(path.read_text())["tables"]["engines"] if path.exists() else {}
+    engines[engine] = row
     revision = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(revision, cwd=RESULT.parent, capture_output=True, text=True, check=True).stdout
     cases = sum(engine["cases"] for engine in engines.values())
@@ -188,9 +195,7 @@ def main(argv: list[str]) -> int:
         "figures": figures,
         "tables": {"engines": engines},
     }
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {options.out}")
-    return 0
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
