@@ -6,6 +6,7 @@ A key that neither knows is a ValueError with a suggestion.
 
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
-def load[Config](name: str, schema: type[Config], overrides: list[str] | None = None) -> Config:
-    """Raises ValueError for an unknown key, a wrong type or a bad value, naming key, value and what was allowed."""
+def load[Config](
+    name: str, schema: type[Config], overrides: list[str] | None = None, values: Mapping[str, Any] | None = None
+) -> Config:
+    """`values`: dotted keys that lie over the YAML and below the overrides.
+
+    Raises ValueError for an unknown key, a wrong type or a bad value, naming key, value and what was allowed."""
     keys = leaf_keys(OmegaConf.structured(schema))
     groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
     choices, settings = [], []
@@ -32,18 +37,20 @@ def load[Config](name: str, schema: type[Config], overrides: list[str] | None = 
         elif key in keys or _inside_mapping(key, keys):
             settings.append(text)
         else:
-            raise ValueError(f"{name}: unknown key {key!r}.{_did_you_mean(key, keys + groups)}")
+            raise ValueError(f"{name}: unknown key {key!r}.{did_you_mean(key, keys + groups)}")
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose(name, overrides=choices)
         OmegaConf.set_struct(composed, False)
         config = OmegaConf.merge(OmegaConf.structured(schema), composed)
+        for key, value in (values or {}).items():
+            OmegaConf.update(config, key, value, force_add=_inside_mapping(key, keys))
         for setting in OverridesParser.create().parse_overrides(settings):
             OmegaConf.update(config, setting.key_or_group, setting.value())
         return cast(Config, OmegaConf.to_object(config))
     except (HydraException, OmegaConfBaseException) as error:
         key = getattr(error, "full_key", None)
-        hint = _did_you_mean(str(key), keys) if key and key not in keys else ""
+        hint = did_you_mean(str(key), keys) if key and key not in keys else ""
         where = f" (key {key!r})" if key else ""
         raise ValueError(f"{name}: {str(error).splitlines()[0]}{where}{hint}") from error
 
@@ -80,7 +87,8 @@ def leaf_keys(node: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _did_you_mean(key: str, known: list[str]) -> str:
+def did_you_mean(key: str, known: list[str]) -> str:
+    """ " Did you mean ...?", or nothing when no name is near."""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 

@@ -221,7 +221,7 @@ class RayCrew:
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or begin one on this machine, on loopback."""
+    """Join the cluster of RAY_ADDRESS, or begin one on this machine (which lets only holders of its token in)."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, path))}}
@@ -229,13 +229,7 @@ def start_ray() -> None:
         ray.init(address=address, log_to_driver=False, runtime_env=runtime_env)
     else:
         # Our processes ask for no CPUs: what shares them is the placement's business.
-        ray.init(
-            num_cpus=1,
-            include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            runtime_env=runtime_env,
-        )
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env)
 
 
 @contextlib.contextmanager

@@ -27,9 +27,11 @@ from bridge.errors import BridgeError
 from bridge.run_files import write_stage
 from learner.curves import LoggerConfig, open_curves
 from learner.demo_dataset import DataConfig, Mixture, open_parts
+from learner.explain import explain
 from learner.film import Film, VideoConfig
 from learner.load import load_policy
 from learner.placement_map import ClusterConfig, Placement, parse, require_fit
+from learner.recipes import load_train, recipe_names
 from learner.sft import default_data, terminate_as_interrupt
 from learner.trainer import Trainer, local_trainer
 from learner.update import AlgoConfig
@@ -93,9 +95,17 @@ class TrainConfig:
 
 
 def main(argv: list[str]) -> int:
-    config = command_line("train", TrainConfig, argv, __doc__)
-    torch.set_num_threads(config.threads)
+    if "-h" in argv or "--help" in argv:
+        command_line(
+            "train", TrainConfig, ["--help"], f"{__doc__}\n\nrecipes (config=NAME): {', '.join(recipe_names())}"
+        )
+    shown = [text for text in argv if text in ("explain=true", "explain=True")]
     try:
+        config = load_train(TrainConfig, [text for text in argv if text not in (*shown, "explain=false")])
+        if shown:
+            print(explain(config))
+            return 0
+        torch.set_num_threads(config.threads)
         figures = train(config)
     except (BridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,176 @@
+"""RLinf's names and keys: they compose, explain themselves and train; what cannot be honoured is refused."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from bridge.checkpoint import write_bundle
+from learner import train as train_module
+from learner.explain import explain
+from learner.load import bundle_files
+from learner.recipes import FIXED, KNOWN, RECIPES, _leaves, _read, load_train, recipe_names, translate
+from learner.train import TrainConfig, main, train
+from tests.learner.pi0.test_policy import make
+from tests.learner.pi0.words import write_tokenizer
+from tests.learner.toy_cell import ToyVectorEnv, tabletop
+from tests.learner.toy_data import SIZE, write_dataset
+
+CO_TRAINING = "maniskill_ppo_co_training_openpi_pi05"
+NAMES = [CO_TRAINING, "gsenv_ppo_openpi_pi05"] + [
+    f"libero_{suite}_{algo}_openpi{model}"
+    for suite in ("spatial", "object", "goal", "10")
+    for algo in ("ppo", "grpo")
+    for model in ("", "_pi05")
+]
+
+
+def loaded(*argv):
+    return load_train(TrainConfig, list(argv))
+
+
+def test_the_names_are_the_documented_ones():
+    assert recipe_names() == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_composes_and_explains_itself(name):
+    config = loaded(f"config={name}")
+    assert config.name == name
+    text = explain(config)
+    assert (
+        f"at most {config.episodes * config.twin.max_steps // config.policy['num_action_chunks']} an iteration" in text
+    )
+    assert config.algo.algorithm == ("grpo" if "grpo" in name else "ppo")
+    assert config.policy["model"]["variant"] == ("pi05" if name.endswith("pi05") else "pi0")
+    assert config.simulator == ("twin" if "libero" not in name else "_".join(name.split("_")[:2]))
+    for component in ("env 0", "rollout 0", "actor 0"):
+        assert component in text
+
+
+def test_the_arithmetic_of_the_published_recipe(capsys):
+    assert main(["--config-name", CO_TRAINING, "explain=true", "cluster.gpus_per_node=8"]) == 0
+    text = capsys.readouterr().out
+    assert "at most 2560 an iteration" in text
+    assert "at most 2 an iteration (2560 samples, 2 epochs)" in text
+    assert "128 : 2560 samples (1 : 20), beta 0.2" in text
+    assert "actor 7: node 0, GPU 7" in text
+    assert len(_leaves(_read(CO_TRAINING))) < 60
+    spatial = explain(loaded("config=libero_spatial_ppo_openpi"))
+    assert "at most 24576 an iteration" in spatial
+    assert "at most 48 an iteration (2048 samples, 4 epochs)" in spatial
+
+
+def test_both_spellings_and_the_command_line_wins():
+    name = f"config={CO_TRAINING}"
+    assert loaded(name, "actor.sft_loss_weight=0.5").algo.beta == 0.5
+    assert loaded(name, "actor.model.sft_loss_weight=0.5").algo.beta == 0.5
+    assert loaded(name, "algo.beta=0.5").algo.beta == 0.5
+    assert loaded(name, "actor.model.use_real_data_co_training=false", "algo.sft_per_rl=1").algo.beta == 0.0
+    assert loaded("algorithm.gamma=0.9").algo.gamma == 0.9  # without a recipe too
+    lora = loaded(name, "actor.model.is_lora=true", "actor.model.lora_rank=8")
+    assert lora.policy["lora"]["rank"] == 8
+    placed = loaded(name, "cluster.component_placement.env=0-3", "cluster.component_placement.rollout=4-7",
+                    "cluster.component_placement.actor=0-7", "cluster.gpus_per_node=8")  # fmt: skip
+    assert [len(placed.placement[c]) for c in ("env", "rollout", "actor")] == [4, 4, 8]
+    annealed = loaded(name, "actor.model.openpi.noise_anneal=true", "actor.model.openpi.noise_params=[0.7,0.3,400]")
+    assert annealed.policy["flow"]["noise_anneal_steps"] == 400
+    assert loaded(name, "runner.logger.logger_backends=[wandb]").logger.backends == ["wandb"]
+    assert loaded(name, "env.train.video_cfg.save_video=true").video.save
+    assert loaded(name, "rollout.pipeline_stage_num=2").pipeline_stages == 2
+
+
+def test_data_sets_are_found_below_lerobots_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
+    assert loaded(f"config={CO_TRAINING}").data.real == [str(tmp_path / "RLCo-Example-Real-Data")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["config=libero_spatial_ppo_openpie"], "Did you mean 'libero_spatial_ppo_openpi'"),
+        (["actor.optim.lrr=1"], "unknown key 'actor.optim.lrr'.*actor.optim.lr"),
+        (["algo.gama=1"], "unknown key 'algo.gama'"),
+        (["actor.sft_loss_weight=0.1", "actor.model.sft_loss_weight=0.2"], "contradict"),
+        (["actor.sft_loss_weight=0.1"], "does nothing without actor.enable_sft_co_train"),
+        (["actor.model.lora_rank=8"], "does nothing without actor.model.is_lora"),
+        (["algorithm.rewards_lower_bound=0.1"], "does nothing without algorithm.filter_rewards"),
+        (["actor.model.openpi.noise_params=[0.7,0.3,4]"], "does nothing without"),
+        (["algorithm.gamma=0.9", "algo.gamma=0.8"], "contradict: give one of them"),
+        (["algorithm.adv_type=grpo", "algorithm.loss_type=actor_critic"], "contradict"),
+        (["actor.model.openpi.pi05=false", "actor.model.openpi.config_name=pi05_libero"], "contradict"),
+        (["algorithm.kl_beta=0.1"], "cannot be honoured: there is no reference model"),
+        (["actor.enable_offload=true"], "cannot be honoured"),
+        (["runner.val_check_interval=10"], "cotwin twin-eval"),
+        (["env.train.init_params.id=StackCube-v1"], "allowed are"),
+        (["algorithm.adv_type=reinforce"], "allowed are gae, grpo"),
+        (["config=gsenv_ppo_openpi_pi05", "--config-name=" + CO_TRAINING], "one at a time"),
+        (["cluster.component_placement.env=0", "cluster.component_placement.actor=0"], "lacks rollout"),
+    ],
+)
+def test_nonsense_is_refused(argv, words):
+    with pytest.raises(ValueError, match=words):
+        explain(loaded(*argv))
+
+
+def test_libero_says_that_it_does_not_run(capsys):
+    assert main(["config=libero_goal_ppo_openpi", "device=cpu"]) == 1
+    assert "LIBERO is not wired up yet" in capsys.readouterr().err
+
+
+def test_every_key_is_read():
+    """Of our configuration: somewhere outside its definition. Of RLinf's: it becomes one of ours or is checked."""
+    sources = {p: p.read_text() for folder in ("learner", "sim/twin") for p in Path(folder).rglob("*.py")}
+    config = TrainConfig()
+    for part in (config, config.algo, config.cluster, config.logger, config.video):
+        for field in dataclasses.fields(part):
+            reads = sum(len(re.findall(rf"\.{field.name}\b", text)) for text in sources.values())
+            assert reads, f"{type(part).__name__}.{field.name} is read nowhere"
+    written = {key for path in RECIPES.glob("[!_]*.yaml") for key in _leaves(_read(path.stem))}
+    assert {key for key in written if key.split(".")[0] in ("actor", "algorithm", "env", "rollout", "runner")} <= KNOWN
+    for key, (allowed, _) in FIXED.items():
+        assert not translate({key: allowed[0]}), f"{key} is a check, not a setting"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    write_dataset(folder / "stand_in", tabletop(), range(1), domain="stand_in")
+    write_tokenizer(folder / "tokenizer")
+    for variant in ("pi05", "pi0"):
+        policy = make(variant)
+        policy.config.tokenizer = str(folder / "tokenizer")
+        policy.config.compile = False
+        write_bundle(folder / variant / "000001", bundle_files(policy), tabletop(), 1, 0, 0, {})
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains_two_tiny_steps(name, folder, tmp_path, monkeypatch):
+    def toy_env(config, embodiment, num_envs, num_workers, seed, auto_reset):
+        return ToyVectorEnv(embodiment, num_envs, config.max_steps, SIZE)
+
+    monkeypatch.setattr(train_module, "TwinVectorEnv", toy_env)
+    small = [
+        f"config={name}",
+        f"runs_dir={tmp_path}",
+        "simulator=twin",
+        "device=cpu",
+        "threads=1",
+        "envs=2",
+        "iterations=1",
+        "episodes=4",
+    ]
+    small += [f"checkpoint={folder / ('pi05' if name.endswith('pi05') else 'pi0') / '000001'}", "twin.max_steps=6"]
+    small += ["algo.batch_size=4", "algo.micro_batch_size=4", "algo.update_epochs=1", "actor.model.num_action_chunks=3"]
+    if "grpo" in name:
+        small += ["algo.group_size=2", "algo.filter_low=0"]
+    if name == CO_TRAINING:
+        small += [f"actor.sft_data_path={folder / 'stand_in'}", "algo.sft_per_rl=0.5"]
+    config = loaded(*small)
+    config.cluster.component_placement = {}
+    config.policy["model"] = {"variant": config.policy["model"]["variant"]}  # the tiny one's own sizes
+    figures = train(config)
+    assert figures["optimizer_steps"] == 2
+    assert (tmp_path / name / "checkpoints/000002/model.safetensors").exists()
