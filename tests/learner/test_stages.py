@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -9,9 +11,11 @@ from safetensors.torch import load_file
 from bridge.checkpoint import bundles, read_manifest
 from learner import train as train_module
 from learner import twin_eval
+from learner.curves import LoggerConfig, open_curves
 from learner.demo_dataset import DataConfig
 from learner.film import VideoConfig
 from learner.run_folder import read_curves
+from learner.runs_command import main as runs_main
 from learner.sft import train as train_sft
 from learner.train import TrainConfig, train
 from learner.trainer import Trainer
@@ -91,6 +95,42 @@ def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_inte
     assert len(resumed) == 3
     ours, theirs = (load_file(folder / f"run/checkpoints/{v:06d}/model.safetensors") for v in (4, whole["version"]))
     assert all((ours[key] == theirs[key]).all() for key in ours)
+
+
+def test_two_runs_side_by_side(folder, toy, tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        config = train_config(tmp_path, name=name, seed=seed, checkpoint=str(folder / "run/checkpoints/000001"))
+        config.algo.beta, config.iterations = 0.0, 1
+        train(config)
+    assert runs_main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "train.seed | 0 | 1" in text
+    assert "train.threads" not in text  # the same in both
+    assert re.search(r"train\.optimizer_steps \| \d+ \| \d+", text)
+    assert re.search(r"env/episode_len \| 6 \| 6", text)
+    assert runs_main(["compare", str(tmp_path / "a")]) == 2
+    assert runs_main(["compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 1
+    assert "is no run folder" in capsys.readouterr().err
+
+
+def test_a_logger_that_is_not_installed_is_named(folder, toy, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = train_config(tmp_path, checkpoint=str(folder / "run/checkpoints/000001"))
+    config.algo.beta, config.logger = 0.0, LoggerConfig(["tensorboard", "wandb"])
+    with pytest.raises(ValueError, match=r"'wandb' is not installed: uv pip install wandb"):
+        train(config)
+    with pytest.raises(ValueError, match="allowed are tensorboard, wandb, swanlab"):
+        LoggerConfig(["mlflow"])
+
+
+@pytest.mark.parametrize("backend", ["wandb", "swanlab"])
+def test_offline_loggers_keep_curves_on_this_machine(backend, tmp_path, monkeypatch):
+    pytest.importorskip(backend)
+    for variable in ("WANDB_MODE", "SWANLAB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    with open_curves(LoggerConfig([backend]), tmp_path, "toy", {"seed": 1}) as curves:
+        curves.log({"train/loss": 0.5}, 1)
+    assert any(path.is_file() and path.stat().st_size for path in (tmp_path / backend).rglob("*"))
 
 
 def test_stage_two_needs_the_robots_demonstrations_unless_beta_is_0(folder, toy, tmp_path):
