@@ -41,7 +41,10 @@ from bridge.transfer import Assembly, BlockSource, read_files
 log = logging.getLogger(__name__)
 
 LIMITS = Limits(frames=2, frame_bytes=64 * 1024 * 1024)  # a manifest is the largest single frame
-WINDOW = 16  # blocks under way to one subscriber, or being hashed and written: 64 MiB
+# Blocks under way to one subscriber, or being hashed and written. ZeroMQ counts a message as gone up to half a
+# high-water mark late, so more than 32 could fill the publisher's queue, and what does not fit is lost for seconds.
+WINDOW = 24
+WINDOW_BYTES = 64 * 1024 * 1024  # the same in bytes
 WORKERS = 2  # threads that hash and write; one of each fills a core at about 0.5 GB/s
 ANNOUNCEMENT, INCOMING = ".announcement", ".incoming"
 ASK_CURRENT_S = 2.0
@@ -251,7 +254,7 @@ class CheckpointSubscriber:
             if now_s - self._block_s > self._block_silence_s:
                 self._block_s, self._block_silence_s = now_s, 2 * self._block_silence_s
                 self._assembly.ask_again()
-            if wanted := self._assembly.wants(WINDOW):
+            if wanted := self._assembly.wants(WINDOW, WINDOW_BYTES):
                 self._end.send(encode("want", {"hashes": wanted}))
 
     def _begin(self, target: CheckpointInfo, now_s: float) -> None:

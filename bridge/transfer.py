@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import mmap
 import os
 import re
@@ -170,8 +171,8 @@ class Assembly:
 
     def __init__(self, folder: Path, files: dict[str, FileEntry], local: BlockSource | None = None, workers: int = 0):
         self.folder, self.files = folder, files
-        # One more thread than hash and write: it waits for the disk.
-        self._workers = ThreadPoolExecutor(workers + 1, thread_name_prefix="assembly") if workers else None
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="assembly") if workers else None
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="assembly-sync") if workers else None
         self._writing: dict[str, Future[bool]] = {}
         self._syncing: Future[None] | None = None
         self._unsynced_bytes = 0
@@ -208,12 +209,14 @@ class Assembly:
         shas = [sha for _, sha in self.files[name].blocks]
         return not any(sha in self._missing or sha in self._asked or sha in self._writing for sha in shas)
 
-    def wants(self, window: int) -> list[str]:
-        """Hashes to ask for now, so that `window` of them are under way."""
-        new = []
-        while self._missing and len(self._asked) + len(self._writing) < window:
+    def wants(self, window: int, window_bytes: float = math.inf) -> list[str]:
+        """Hashes to ask for now, so that `window` of them, or so many bytes, are under way or being written."""
+        new, num = [], len(self._asked) + len(self._writing)
+        under_way_bytes = sum(self._places[sha][0].size for sha in (*self._asked, *self._writing))
+        while self._missing and num + len(new) < window and under_way_bytes < window_bytes:
             sha, _ = self._missing.popitem(last=False)
             self._asked[sha] = None
+            under_way_bytes += self._places[sha][0].size
             new.append(sha)
         return new
 
@@ -239,9 +242,9 @@ class Assembly:
         if self._syncing is not None and self._syncing.done():
             self._syncing.result()
             self._syncing = None
-        if self._workers is not None and self._syncing is None and self._unsynced_bytes > SYNC_BYTES:
+        if self._syncer is not None and self._syncing is None and self._unsynced_bytes > SYNC_BYTES:
             self._unsynced_bytes = 0
-            self._syncing = self._workers.submit(self._sync)
+            self._syncing = self._syncer.submit(self._sync)
 
     def _sync(self) -> None:
         for descriptor in self._files.values():
@@ -281,6 +284,8 @@ class Assembly:
     def close(self) -> None:
         if self._workers is not None:
             self._workers.shutdown(cancel_futures=True)  # waits for the writes that have begun
+        if self._syncer is not None:
+            self._syncer.shutdown()
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
