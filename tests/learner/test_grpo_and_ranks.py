@@ -235,6 +235,37 @@ def test_ranks_make_the_update_of_one(tmp_path, ranks):
             torch.testing.assert_close(got[name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def anchored_main(rank, ranks, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    policy = tiny_policy()
+    rollouts = roll(policy)
+    data = DataConfig(real=[f"{folder}/stand_in"], cache=f"{folder}/cache")
+    mixture = Mixture(open_parts(data, policy.embodiment, policy.horizon, SIZE), 2, 0, rank, ranks)
+    algo = AlgoConfig(beta=0.01, sft_gradient_share=0.3, batch_size=6, micro_batch_size=3, critic_warmup_steps=1)
+    worker = UpdateWorker(policy, algo, mixture, 0, dist.group.WORLD, rank)
+    batches = plan(len(rollouts), algo, ranks, torch.Generator().manual_seed(6))
+    metrics = worker.update(0, rollouts, [rows[rank::ranks] for rows in batches])
+    torch.save((metrics, worker.updater.beta, policy.state_dict()), f"{folder}/anchored-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_their_own_demonstrations_stay_the_same_policy(demos_folder):  # noqa: F811
+    demos(demos_folder, tiny_policy())  # pictures are decoded once
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(anchored_main, args=(2, port, str(demos_folder)), nprocs=2, start_method="fork")
+    (metrics, beta, ours), (others, other_beta, theirs) = (
+        torch.load(demos_folder / f"anchored-{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert metrics == others
+    assert beta == other_beta > 0.01
+    assert metrics["train/sft_loss"] > 0
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not torch.equal(ours["expert.action_out.weight"], tiny_policy().expert.action_out.weight)
+
+
 def test_the_advantages_are_of_all_workers_together():
     """Two rollout workers' samples are normalised as one batch, not each by itself."""
     policy = tiny_policy()
