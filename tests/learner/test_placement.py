@@ -131,8 +131,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def cluster():
-    import ray
-
+    ray = pytest.importorskip("ray")
     from learner.placement import start_ray
 
     start_ray()
@@ -140,20 +139,29 @@ def cluster():
     ray.shutdown()
 
 
-def test_on_ray_the_curve_is_that_of_one_process_and_goes_on_after_an_interruption(cluster, alone):
+@pytest.mark.timeout(300)  # Ray and three processes that import torch
+def test_on_ray_the_curve_is_that_of_one_process(cluster, alone):
+    with placed(job(), parse({"env,rollout,actor": "all"}, 1, 1)) as trainer:
+        ours = curve(trainer)
+        weights = trainer.state_dict()["worker"]["policy"]
+    assert ours == alone[0]
+    assert all(torch.equal(weights[name], value) for name, value in alone[1].items())
+    assert ours[1]["rollout/weights_version"] == ours[0]["actor/optimizer_steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_placed_trainer_goes_on_after_an_interruption(cluster, alone):
     placement = parse({"env,rollout,actor": "all"}, 1, 1)
     with placed(job(), placement) as trainer:
         first = curve(trainer, 1)
         state = trainer.state_dict()
     with placed(job(), placement) as trainer:
         trainer.load_state_dict(state)
-        second = curve(trainer, 1)
-        weights = trainer.state_dict()["worker"]["policy"]
-    assert first + second == alone[0]
-    assert all(torch.equal(weights[name], value) for name, value in alone[1].items())
-    assert second[0]["rollout/weights_version"] == first[0]["actor/optimizer_steps"]
+        assert first + curve(trainer, 1) == alone[0]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow  # eight processes that each import torch
 def test_apart_with_two_of_each_and_an_env_process_that_dies(cluster, tmp_path):
     placement = parse({"env": "0-1:0-3", "rollout": "2-3", "actor": "0-1"}, 1, 4)
