@@ -12,24 +12,19 @@ from typing import Any
 import numpy as np
 import sapien
 import torch
-from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.structs import Actor, Pose
 from mani_skill.utils.structs.types import SimConfig
 
 from bridge import pose
-from bridge.embodiment import Camera, Embodiment
+from bridge.embodiment import Embodiment
 from sim.twin.arm import CONTROL_MODE, TwinPanda, use_collision_shapes_as_visuals
 from sim.twin.bodies import paint
 from sim.twin.config import REWARDS, TwinConfig
-from sim.twin.shading import light_shader
-from sim.twin.splat_pictures import View
+from sim.twin.looks import ShownEnv
 
 STILL_M_PER_S = 0.02
 LIFTED_M = 0.02
-OPENCV_FROM_SAPIEN = np.array([[0.0, -1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])  # columns: x forward, y left, z up
 TABLE_HALF_M = [0.6, 0.7, 0.02]
-ABSENT = np.eye(4, dtype=np.float32) + np.float32([[0] * 4, [0] * 4, [0, 0, 0, -100], [0] * 4])  # out of every picture
 
 
 @dataclass(frozen=True)
@@ -46,11 +41,10 @@ class Facts:
     stages: dict[str, bool]  # reached, grasped, lifted, over_goal
 
 
-class TwinEnv(BaseEnv):
+class TwinEnv(ShownEnv):
     SUPPORTED_ROBOTS = None  # always a `TwinPanda` with the configured gains
     SUPPORTED_REWARD_MODES = REWARDS
     TASK = ""
-    agent: TwinPanda
     object: Actor  # of this episode, like what follows
     goal: Actor
     bare = False  # without object and goal: for motions of the arm alone
@@ -83,30 +77,6 @@ class TwinEnv(BaseEnv):
     def _default_sim_config(self):
         return SimConfig(sim_freq=self.twin.sim_freq, control_freq=int(self.embodiment.policy_rate_hz))
 
-    @property
-    def _default_sensor_configs(self):
-        return [self._camera(name, camera) for name, camera in sorted(self.embodiment.cameras.items())]
-
-    def _camera(self, name: str, camera: Camera) -> CameraConfig:
-        """The contract's camera at the size that is drawn, in SAPIEN's axes. Pixel centres keep their rays."""
-        width, height = (self.twin.supersampling * n for n in (self.twin.picture_width, self.twin.picture_height))
-        sx, sy = width / camera.width, height / camera.height
-        K = np.array(
-            [[camera.fx * sx, 0, (camera.cx + 0.5) * sx], [0, camera.fy * sy, (camera.cy + 0.5) * sy], [0, 0, 1]]
-        )
-        mount = self.agent.robot.links_map[TwinPanda.ee_link_name] if camera.mount == "tcp" else None
-        return CameraConfig(
-            uid=name,
-            pose=sapien_camera_pose(camera.matrix),
-            width=width,
-            height=height,
-            intrinsic=K,
-            near=0.01,
-            far=10.0,
-            mount=mount,
-            shader_config=light_shader(),
-        )
-
     def _load_agent(self, options: dict, initial_agent_poses=None, build_separate: bool = False):
         super()._load_agent(options, sapien.Pose())
         for joint in self.agent.robot.joints:
@@ -125,13 +95,6 @@ class TwinEnv(BaseEnv):
         self.table = table.build_static("table")
         self._entities: list[sapien.Entity] = []
         self._load_task(self._surface)
-
-    def _load_lighting(self, options: dict):
-        if not self.scene.can_render():
-            return
-        scene = self.scene.sub_scenes[0]
-        scene.set_ambient_light([0.35] * 3)
-        self._sun = scene.add_directional_light([0.4, 0.3, -1.0], [1.6] * 3, shadow=False)
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         seed = int(self._episode_seed[0])
@@ -255,57 +218,6 @@ class TwinEnv(BaseEnv):
             stages=dict(self._stages),
         )
 
-    def pictures(self) -> dict[str, np.ndarray]:
-        """SAPIEN's, uint8 [H, W, 3] for each camera."""
-        return {name: area_mean(rgba, self.twin.supersampling) for name, (rgba,) in self._draw("Color").items()}
-
-    def _draw(self, *textures: str) -> dict[str, list[np.ndarray]]:
-        self.scene.sub_scenes[0].update_render()
-        cameras = {name: sensor.camera._render_cameras[0] for name, sensor in self._sensors.items()}
-        for camera in cameras.values():
-            camera.take_picture()  # all are under way before the first is waited for
-        return {name: [camera.get_picture(texture) for texture in textures] for name, camera in cameras.items()}
-
-    def _link(self, name: str) -> sapien.physx.PhysxArticulationLinkComponent:
-        return self.agent.robot.links_map[name]._objs[0]
-
-    def view(self, links: list[str], actors: list[str], with_rgb: bool) -> View:
-        """Everything that a picture of this moment needs where splats are drawn."""
-        rgb, depth_m = {}, {}
-        if with_rgb:
-            for name, (rgba, distance_m) in self._draw("Color", "Distance").items():
-                rgb[name] = area_mean(rgba, self.twin.supersampling)
-                depth_m[name] = nearest(distance_m, self.twin.supersampling)
-        absent = {actor.name for actor in self._absent()}
-        bodies = [self._link(name).entity_pose.to_transformation_matrix() for name in links]
-        present = {name: entity for name, entity in self.bodies.items() if name not in absent}
-        bodies += [present[n].pose.to_transformation_matrix() if n in present else ABSENT for n in actors]
-        T_base_tcp = self._tcp.entity_pose.to_transformation_matrix().astype(np.float64)
-        cameras = [
-            (T_base_tcp if camera.mount == "tcp" else np.eye(4)) @ camera.matrix @ self._camera_offsets[name]
-            for name, camera in sorted(self.embodiment.cameras.items())
-        ]
-        poses = (np.array(part, dtype=np.float32).reshape(-1, 4, 4) for part in (bodies, cameras))
-        return View(rgb, depth_m, *poses, self._light)
-
-    @property
-    def bodies(self) -> dict[str, sapien.Entity]:
-        """Actors of the scene by name."""
-        return {name: actor._objs[0] for name, actor in self.scene.actors.items()}
-
-    @property
-    def actor_names(self) -> set[str]:
-        """Of all actors that an episode of the task may show."""
-        return set(self.scene.actors)
-
-    def hide(self, links: list[str], actors: list[str]) -> None:
-        """SAPIEN draws these no more."""
-        shown = [self.bodies[name] for name in actors if name in self.bodies]
-        for entity in [self._link(name).entity for name in links] + shown:
-            body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-            if body is not None:
-                entity.remove_component(body)
-
     def state(self, facts: Facts) -> np.ndarray:
         """The observation's `state`, float32 [7]."""
         return pose.state_vector(facts.T_base_tcp, facts.gripper_opening_m)
@@ -322,15 +234,10 @@ class TwinEnv(BaseEnv):
 
     def _after_reconfigure(self, options: dict):
         super()._after_reconfigure(options)
-        self._robot = self.agent.robot._objs[0]
-        self._tcp = self.agent.tcp._objs[0]
         fingers = ("panda_leftfinger", "panda_rightfinger")
         self._fingers = {self.agent.robot.links_map[name]._objs[0] for name in fingers}
         controllers = self.agent.controller.controllers
         self._controllers = (controllers["arm"], controllers["gripper"])
-        self._nominal_camera_poses = {
-            name: sensor.camera._render_cameras[0].local_pose for name, sensor in self._sensors.items()
-        }
 
     def _fingers_touching(self) -> int:
         """How many fingers press on the object. Contacts live on their pairs of bodies, so this walks few."""
@@ -383,62 +290,3 @@ class TwinEnv(BaseEnv):
         latency_s = twin.latency_s + rng.uniform(0.0, r.latency_s)
         for controller in self._controllers:
             controller.delay_steps = round(latency_s * twin.sim_freq)
-
-    def _randomize_looks(self, rng: np.random.Generator) -> None:
-        """The last draws of an episode, so that worlds with and without pictures have the same states."""
-        r, twin = self.twin.randomization, self.twin
-        sun, ambient = (1.0 + rng.uniform(-r.light, r.light) for _ in range(2))
-        colours = {
-            name: np.clip(np.array(colour) + rng.uniform(-r.colour, r.colour, 3), 0, 1)
-            for name, colour in (("table", twin.table_colour), ("goal", twin.plate_colour), ("arm", twin.arm_colour))
-        }
-        self._light, self._camera_offsets, shown = (sun + ambient) / 2, {}, self.scene.can_render()
-        for name in sorted(self.embodiment.cameras):
-            turn = pose.matrix_from_rpy(rng.uniform(-1, 1, 3) * r.camera_rot_rad)
-            shift = pose.pose(rng.uniform(-1, 1, 3) * r.camera_pos_m, turn)
-            to_opencv = pose.pose(np.zeros(3), OPENCV_FROM_SAPIEN)
-            self._camera_offsets[name] = to_opencv @ shift @ to_opencv.T
-            if shown:
-                camera = self._sensors[name].camera._render_cameras[0]
-                camera.local_pose = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
-        if not shown:
-            return
-        self._sun.color = [1.6 * sun] * 3
-        self.scene.sub_scenes[0].set_ambient_light([0.35 * ambient] * 3)
-        repaint([self.table._objs[0]], colours["table"])
-        repaint([self.goal._objs[0]], colours["goal"])
-        repaint([link.entity for link in self._robot.links], colours["arm"])
-
-
-def sapien_camera_pose(T_mount_cam: np.ndarray) -> sapien.Pose:
-    """From OpenCV axes (x right, y down, z forward) to SAPIEN's (x forward, y left, z up)."""
-    T = np.array(T_mount_cam, dtype=np.float64)
-    T[:3, :3] = T[:3, :3] @ OPENCV_FROM_SAPIEN
-    return sapien.Pose(T.astype(np.float32))
-
-
-def area_mean(rgba: np.ndarray, share: int) -> np.ndarray:
-    """uint8 [H * share, W * share, 4] -> uint8 [H, W, 3], as area resizing would."""
-    if share == 1:
-        return np.ascontiguousarray(rgba[..., :3])
-    parts = [rgba[i::share, j::share, :3] for i in range(share) for j in range(share)]
-    total = parts[0].astype(np.uint16)
-    for part in parts[1:]:
-        total += part
-    return ((total + share * share // 2) // (share * share)).astype(np.uint8)
-
-
-def nearest(distance_m: np.ndarray, share: int) -> np.ndarray:
-    """float32 [H * share, W * share], 0 where nothing is -> [H, W]: the nearest of each block, inf where nothing is."""
-    depth_m = np.where(distance_m > 0, distance_m, np.inf)
-    return np.minimum.reduce([depth_m[i::share, j::share] for i in range(share) for j in range(share)])
-
-
-def repaint(entities: list[sapien.Entity], colour: np.ndarray) -> None:
-    """Fingers keep their own dark colour."""
-    for entity in entities:
-        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-        for shape in [] if body is None or "finger" in entity.name else body.render_shapes:
-            parts = shape.parts if hasattr(shape, "parts") else [shape]
-            for part in parts:
-                part.material.base_color = [*map(float, colour), 1.0]

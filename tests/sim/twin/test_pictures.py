@@ -141,3 +141,20 @@ def test_selfcheck_says_what_is_wrong(scene, tmp_path):
     (tmp_path / "scene.yaml").write_text(yaml.safe_dump(data))
     (tmp_path / "table.ply").symlink_to(scene / "table.ply")
     assert "third_person did not change" in check("PutCubeOnPlate-v0", "splat", tmp_path)["result"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("light", 0.3), ("colour", 0.2), ("camera_pos_m", 0.02), ("camera_rot_rad", 0.05)]
+)
+def test_each_look_is_drawn_alone_and_from_the_seed(twin, monkeypatch, key, value):
+    def look(seed):
+        twin.reset(seed)
+        return twin.pictures()["third_person"], twin.env.get_state().numpy()
+
+    plain, state = look(3)
+    monkeypatch.setattr(twin.env.twin.randomization, key, value)
+    first, other, again = look(3), look(4), look(3)
+    assert np.array_equal(first[0], again[0])
+    assert np.abs(first[0].astype(int) - plain).mean() > 0.5  # another look
+    assert np.abs(first[0].astype(int) - other[0]).mean() > 0.5
+    assert np.array_equal(first[1], state)  # of the same scene

@@ -124,6 +124,7 @@ def test_groups_are_answered_in_the_order_they_were_sent(env, chunks):
     assert np.array_equal(env.recv().observation.state, together[:1])
 
 
+@pytest.mark.timeout(300)  # three imports of ManiSkill
 def test_workers_give_the_same_and_a_dead_one_is_replaced(embodiment, caplog):
     """Pictures, auto reset, worker counts, and a killed process, in one test: a worker takes seconds to start."""
     config = TwinConfig(max_steps=8)
