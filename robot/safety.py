@@ -308,6 +308,8 @@ class StateMachine:
             self.causes.add(cause)
             if self.state is State.RUNNING:
                 self._to(State.HOLD, cause)
+            else:
+                self.reason = ", ".join(sorted(self.causes))
 
     def release(self, cause: str) -> None:
         """A cause of HOLD has gone. `no action` goes by an action (`run`)."""
@@ -315,6 +317,8 @@ class StateMachine:
             self.causes.discard(cause)
             if self.state is State.HOLD and not self.causes:
                 self._to(State.RUNNING, f"no more: {cause}")
+            elif self.state is State.HOLD:
+                self.reason = ", ".join(sorted(self.causes))
 
     def fault(self, reason: str) -> None:
         if self.state is not State.FAULT:

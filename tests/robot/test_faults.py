@@ -103,9 +103,13 @@ class Driving:
     def ends(self, state: State, row: dict, fault: str, deadline_s: float, words: str = "", layer: str = "arm") -> None:
         """Wait for the state, see the arm stand still in it while actions go on, and note it."""
         began_s = time.monotonic()
-        wait_for(lambda: self.arm.snapshot().state is state, PATIENCE_S, f"{state} after {fault}")
+
+        def has_ended():
+            snapshot = self.arm.snapshot()
+            return snapshot.state is state and words.lower() in snapshot.reason.lower()
+
+        wait_for(has_ended, PATIENCE_S, f"{state} for {words!r} after {fault}, not {self.arm.snapshot().reason!r}")
         took_s, snapshot = time.monotonic() - began_s, self.arm.snapshot()
-        assert words.lower() in snapshot.reason.lower(), snapshot.reason
         time.sleep(0.35)  # brakes
         rest_m = self.tcp_m()
         time.sleep(0.25)

@@ -122,6 +122,39 @@ def test_hold_resumes_when_its_last_cause_has_gone():
     assert machine.run()
 
 
+def test_hold_names_all_its_causes():
+    machine = StateMachine()
+    machine.connected()
+    machine.run()
+    machine.hold("no action")
+    machine.hold("dead-man released")
+    assert machine.reason == "dead-man released, no action"
+    machine.release("dead-man released")
+    assert machine.reason == "no action"
+
+
+@pytest.mark.parametrize(
+    ("wrench", "limit"),
+    [([0, 0, 79, 0, 0, 0], None), ([60, 60, 0, 0, 0, 0], "force_n"), ([0, 0, 0, 0, 50, 0], "torque_nm")],
+)
+def test_forces_and_torques_over_the_threshold(wrench, limit):
+    clip = safety.limit_wrench(np.array(wrench, float), LIMITS)
+    assert (clip.limit if clip else None) == limit
+    assert safety.limit_wrench(np.full(6, np.nan), LIMITS) is not None
+
+
+def test_an_input_is_lost_when_it_falls_silent_or_says_no():
+    switch = safety.LiveInput("dead-man released", 0.3)
+    assert switch.is_lost(10.0)  # nobody has pressed it yet
+    switch.hear(True, 10.0)
+    assert not switch.is_lost(10.25)
+    assert switch.is_lost(10.31)
+    switch.hear(True, 11.0)
+    switch.hear(False, 11.01)
+    assert switch.is_lost(11.02)
+    assert not safety.LiveInput("off", 0.0).is_lost(99.0)
+
+
 def test_fault_is_latched_and_keeps_its_first_reason():
     machine = StateMachine()
     machine.connected()
