@@ -400,7 +400,7 @@ def bench_delivery(quick: bool) -> dict:
 def bench_demos(quick: bool) -> dict:
     from tests.bridge.test_demo_stream import kill_both_at_random, require_every_episode_once
 
-    episodes, kills, longest_s = (10, 3, 2.0) if quick else (200, 20, 6.0)
+    episodes, kills, longest_s = (10, 3, 2.0) if quick else (200, 20, 4.5)
     with tempfile.TemporaryDirectory() as folder:
         held = kill_both_at_random(Path(folder), episodes, kills, seed=8, longest_s=longest_s)
         require_every_episode_once(Path(folder), held)
@@ -453,7 +453,9 @@ def main(argv: list[str]) -> int:
     about = machine()
     figures, tables = before["figures"], before["tables"]
     for part in options.only:
+        started_s = time.monotonic()
         result = PARTS[part](options.quick)
+        print(f"{part}: {time.monotonic() - started_s:.0f} s")
         figures |= result["figures"]
         tables |= result["tables"]
         print(json.dumps(result, indent=1), flush=True)
