@@ -1,6 +1,7 @@
 """The whole robot side as processes: stand-in cell, cameras, arm and runtime, with a policy server that dies."""
 
 import io
+import json
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, Image, JointState
+from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from bridge.pose import ACTION_NAMES
@@ -175,6 +177,35 @@ def test_a_hand_at_the_device_moves_the_target_by_exactly_what_it_says(probe):
     assert probe.target_m() - before == pytest.approx([0.05, 0.02, 0.0], abs=1e-3)
     assert probe.last["action"].header.frame_id == "teleop"
     probe.wait(lambda: probe.state() == "HOLD", "HOLD")
+
+
+def test_teleop_takes_the_arm_from_a_policy_and_gives_it_back(probe, policy_server, tmp_path):
+    """`cotwin teleop` plays a recorded device: twelve readings with the clutch held, 1.5 cm to the left in all."""
+    policy_server()
+    probe.call("home")
+    assert probe.call("runtime_node/start").success
+    probe.wait(lambda: probe.last["action"].header.frame_id == "policy", "the policy")
+    held = {"motion": [0, 0.125, 0, 0, 0, 0], "clutch": True, "deadman": True, "pressed": []}
+    idle = held | {"motion": [0] * 6, "clutch": False, "pressed": ["success"]}
+    path = tmp_path / "device.jsonl"
+    path.write_text("".join(json.dumps(reading) + "\n" for reading in [held] * 12 + [idle]))
+    marks, sources = [], []
+    probe.node.create_subscription(String, "teleop/mark", lambda m: marks.append(m.data), 10)
+    keep = lambda m: sources.append((m.header.frame_id, m.position[1]))  # noqa: E731
+    probe.node.create_subscription(JointState, "action", keep, 50)
+    command = [sys.executable, "-m", "cotwin", "teleop", "device=playback", f"path={path}", "use_sim_time=true"]
+    with subprocess.Popen(command, cwd=ROOT) as teleop:
+        try:
+            probe.wait(lambda: marks == ["success"], "the mark")
+            probe.wait(lambda: sources[-1][0] == "policy", "handing back")
+        finally:
+            teleop.terminate()
+    by_hand = [dy for source, dy in sources if source == "teleop"]
+    assert sum(by_hand) == pytest.approx(12 * 0.125 * 0.5 * 0.2 * 0.1)
+    first = next(n for n, (source, _) in enumerate(sources) if source == "teleop")
+    last = max(n for n, (source, _) in enumerate(sources) if source == "teleop")
+    assert all(source == "teleop" for source, _ in sources[first : last + 1])  # the policy waited meanwhile
+    assert probe.call("runtime_node/stop").success
 
 
 def test_a_killed_policy_server_means_hold_and_its_return_means_motion(probe, policy_server):
