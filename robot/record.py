@@ -24,6 +24,7 @@ from robot.scene import SessionError
 from robot.session import Session, SessionConfig
 
 EXPERT, DEVICE = "expert", "device"
+EXPERT_PATIENCE_S = 10.0
 SLOWEST = 20  # a cell whose seconds take longer than this many of ours has stopped
 
 
@@ -180,7 +181,7 @@ def demonstrate(session: Session, config: RecordConfig) -> bool:
 
     if config.source == EXPERT:
         session.expert_done = None
-        session.call("expert_node/start")
+        start_expert(session)
     else:
         print("recording; mark success, failure or discard, or end the episode with Enter")
     try:
@@ -190,6 +191,20 @@ def demonstrate(session: Session, config: RecordConfig) -> bool:
     finally:
         if config.source == EXPERT:
             session.call("expert_node/stop")
+
+
+def start_expert(session: Session) -> None:
+    """On a busy machine the scripted person's node may be there before it has heard of the arm."""
+    until_s = time.monotonic() + EXPERT_PATIENCE_S
+    while True:
+        try:
+            session.call("expert_node/start")
+            return
+        except SessionError:
+            session.check()
+            if time.monotonic() > until_s:
+                raise
+        session.spin(0.2)
 
 
 def summarise(attempts: list[dict[str, Any]]) -> dict[str, Any]:

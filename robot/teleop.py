@@ -5,6 +5,7 @@ policy goes on. The gripper button opens and closes, `faster` and `slower` set o
 marks go to whoever records (`cotwin record source=device`).
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,9 +101,6 @@ class TeleopNode(Node):
         self.create_subscription(JointState, "gripper_command", self._on_gripper, QoSProfile(depth=1))
         self.create_timer(period_s, self._step)  # the robot's clock, as its ticks
 
-    def close(self) -> None:
-        self.device.close()
-
     def _on_target(self, message: PoseStamped) -> None:
         q = message.pose.orientation
         self._R_base_tcp = pose.matrix_from_quat_xyzw([q.x, q.y, q.z, q.w])
@@ -154,7 +152,8 @@ def main(argv: list[str]) -> int:
         return 1
     about = f"open {device.url}" if isinstance(device, BrowserPad) else type(device).__doc__
     print(about, flush=True)
-    return run_node(lambda: TeleopNode(config, device), [])
+    with contextlib.closing(device):  # a terminal gets its settings back, whatever happened
+        return run_node(lambda: TeleopNode(config, device), [])
 
 
 if __name__ == "__main__":
