@@ -67,7 +67,9 @@ def merge(path: Path, figures: dict[str, Any]) -> None:
     head |= {"command": "python -m tests.bench.bench_twin", "machine": machine, "figures": {}}
     found = json.loads(path.read_text()) if path.exists() else head
     where = {"machine": machine, "commit": commit, "date": head["date"], "command": head["command"]}
-    found["figures"] |= {name: figure | where for name, figure in figures.items()}
+    for name, one in figures.items():  # tables show one machine a file, so a figure of another says so itself
+        here = "" if found["machine"] == machine else f"; on {machine['cpu_cores']} CPU cores"
+        found["figures"][name] = one | where | {"peer_name": one["peer_name"] + here}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
 
