@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import datetime
 import functools
+import importlib.metadata
 import json
 import logging
 import multiprocessing
@@ -46,6 +47,9 @@ RESULT = Path(__file__).resolve().parents[2] / "docs/results/bridge.json"
 EMBODIMENT = Embodiment(cameras={"third_person": Camera(), "wrist": Camera()})
 CHUNK = np.zeros((50, 7), np.float32)
 SPAWN = multiprocessing.get_context("spawn")
+OPENPI = "openpi protocol"
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    OPENPI = f"openpi-client {importlib.metadata.version('openpi-client')}"
 
 
 def observation(height: int, width: int) -> Observation:
@@ -105,11 +109,13 @@ def serve_openpi(pipe, keys_folder, address):
     """As openpi's server does it: asyncio, inference inside the event loop, msgpack with arrays in one frame."""
     import websockets.asyncio.server
 
+    encode, decode = openpi_encoding()
+
     async def talk(connection):
-        await connection.send(pack({}))
+        await connection.send(encode({}))
         async for data in connection:
-            unpack(data)
-            await connection.send(pack({"actions": CHUNK, "server_timing": {"infer_ms": 0.0}}))
+            decode(data)
+            await connection.send(encode({"actions": CHUNK, "server_timing": {"infer_ms": 0.0}}))
 
     async def run():
         async with websockets.asyncio.server.serve(talk, address, 0, compression=None, max_size=None) as server:
@@ -152,6 +158,14 @@ def serve_lerobot(pipe, keys_folder, address):
     pipe.send(f"{address}:{port}")
     run_until_told(pipe, lambda stop: stop.wait())
     server.stop(0)
+
+
+def openpi_encoding():
+    if OPENPI == "openpi protocol":
+        return pack, unpack
+    from openpi_client import msgpack_numpy
+
+    return msgpack_numpy.Packer().pack, msgpack_numpy.unpackb
 
 
 def lerobot_features():
@@ -230,10 +244,19 @@ def call_bare(endpoint, observed, keys):
 
 @contextlib.contextmanager
 def call_openpi(endpoint, observed, keys):
-    import websockets.sync.client
-
+    """openpi's own client where it is installed (`uv pip install --no-deps openpi-client`: it asks for an old numpy),
+    else its protocol as our compatibility port speaks it."""
     keyed = {"observation/image": observed.images["third_person"], "observation/wrist_image": observed.images["wrist"]}
     keyed |= {"observation/state": observed.state, "prompt": observed.instruction}
+    if OPENPI != "openpi protocol":
+        from openpi_client.websocket_client_policy import WebsocketClientPolicy
+
+        policy = WebsocketClientPolicy(endpoint)
+        yield lambda: policy.infer(keyed)
+        policy._ws.close()
+        return
+    import websockets.sync.client
+
     with websockets.sync.client.connect(endpoint, compression=None, max_size=None) as connection:
         connection.recv()
 
@@ -310,20 +333,20 @@ def bench_round_trip(quick: bool) -> dict:
         rows = {
             "bare ZeroMQ REQ/REP": measure(serve_bare, call_bare, calls),
             "ours": measure(serve_ours, call_ours, calls),
-            "openpi protocol": measure(serve_openpi, call_openpi, calls),
+            OPENPI: measure(serve_openpi, call_openpi, calls),
             "LeRobot async (gRPC)": measure(serve_lerobot, call_lerobot, calls // 2),
             "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, folders=curve),
             "ours + CURVE": measure(serve_ours, call_ours, calls, folders=curve),
             "ours + CURVE, 224x224": measure(serve_ours, call_ours, calls, (224, 224), curve),
             "ours + CURVE, resized to 224x224 by the client": measure(serve_ours, resized, calls, folders=curve),
             "ours, 224x224": measure(serve_ours, call_ours, calls, (224, 224)),
-            "openpi protocol, 224x224": measure(serve_openpi, call_openpi, calls, (224, 224)),
+            f"{OPENPI}, 224x224": measure(serve_openpi, call_openpi, calls, (224, 224)),
         }
     figures = {}
     for quantile in ("p50_ms", "p99_ms"):
         ours = rows["ours"][quantile]
         pairs = {
-            f"round_trip_{quantile}": (ours, rows["openpi protocol"][quantile], "openpi protocol (WebSocket)"),
+            f"round_trip_{quantile}": (ours, rows[OPENPI][quantile], f"{OPENPI} (WebSocket)"),
             f"round_trip_{quantile}_beside_lerobot": (
                 ours,
                 rows["LeRobot async (gRPC)"][quantile],
@@ -332,18 +355,18 @@ def bench_round_trip(quick: bool) -> dict:
             f"round_trip_{quantile}_beside_bare": (ours, rows["bare ZeroMQ REQ/REP"][quantile], "bare ZeroMQ REQ/REP"),
             f"round_trip_curve_{quantile}": (
                 rows["ours + CURVE"][quantile],
-                rows["openpi protocol"][quantile],
-                "openpi protocol, clear text",
+                rows[OPENPI][quantile],
+                f"{OPENPI}, clear text",
             ),
             f"round_trip_curve_224_{quantile}": (
                 rows["ours + CURVE, 224x224"][quantile],
-                rows["openpi protocol"][quantile],
-                "openpi protocol, clear text, 640x480",
+                rows[OPENPI][quantile],
+                f"{OPENPI}, clear text, 640x480",
             ),
             f"round_trip_curve_resized_{quantile}": (
                 rows["ours + CURVE, resized to 224x224 by the client"][quantile],
-                rows["openpi protocol"][quantile],
-                "openpi protocol, clear text, 640x480",
+                rows[OPENPI][quantile],
+                f"{OPENPI}, clear text, 640x480",
             ),
         }
         for name, (value, peer, peer_name) in pairs.items():
@@ -365,8 +388,8 @@ def bench_link(quick: bool) -> dict:
             both = functools.partial(call_ours, resize_pictures=True, picture_coding="jpeg")
             rows = {
                 "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, size, curve, link),
-                "openpi protocol": measure(serve_openpi, call_openpi, calls, size, link=link),
-                "openpi protocol, 224x224": measure(serve_openpi, call_openpi, calls, small, link=link),
+                OPENPI: measure(serve_openpi, call_openpi, calls, size, link=link),
+                f"{OPENPI}, 224x224": measure(serve_openpi, call_openpi, calls, small, link=link),
                 "ours + CURVE": measure(serve_ours, call_ours, calls, size, curve, link),
                 "ours + CURVE, JPEG": measure(serve_ours, jpeg, calls, size, curve, link),
                 "ours + CURVE, resized to 224x224": measure(serve_ours, resized, calls, size, curve, link),
@@ -375,9 +398,9 @@ def bench_link(quick: bool) -> dict:
     except RuntimeError as error:
         return {"figures": {}, "tables": {"link_100mbit_10ms": {"not measured": str(error)}}}
     ours, best, peer = (
-        rows[name]["p50_ms"] for name in ("ours + CURVE", "ours + CURVE, resized to 224x224, JPEG", "openpi protocol")
+        rows[name]["p50_ms"] for name in ("ours + CURVE", "ours + CURVE, resized to 224x224, JPEG", OPENPI)
     )
-    peer_name = "openpi protocol, clear text, 640x480, same link"
+    peer_name = f"{OPENPI}, clear text, 640x480, same link"
     figures = {
         "link_round_trip_p50_ms": figure(ours, peer, peer / ours, "ms", peer_name, calls),
         "link_round_trip_resized_jpeg_p50_ms": figure(best, peer, peer / best, "ms", peer_name, calls),
