@@ -23,7 +23,7 @@ from robot.safety import SafetyLimits, State
 SECONDS = 30.0
 AFTER_S = 0.5  # of what follows a fault is kept too
 MAX_ACTIONS, MAX_EVENTS = 6000, 2000
-USAGE = "usage: cotwin robot replay FILE.npz [plot=FILE.png]"
+USAGE = "usage: cotwin robot replay FILE.npz"
 STATE = np.dtype(
     [("stamp_ns", "i8"), ("state", "i1"), ("q_rad", "f8", 7), ("T_base_tcp", "f8", (4, 4)), ("wrench_base", "f8", 6)]
     + [("T_base_target", "f8", (4, 4)), ("gripper_opening_m", "f8")]
@@ -130,33 +130,8 @@ def describe(recording: Recording) -> list[str]:
     return lines + [f"{(stamp - end_ns) * 1e-9:+9.3f} s  {text}" for stamp, text in sorted(marks)]
 
 
-def plot(recording: Recording, path: Path) -> None:
-    """Position of target and arm, force, and state over time. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    states = recording.states
-    t_s = (states["stamp_ns"] - states["stamp_ns"][-1]) * 1e-9
-    figure, (above, middle, below) = pyplot.subplots(3, 1, sharex=True, figsize=(10, 8))
-    for axis, colour in enumerate(("tab:red", "tab:green", "tab:blue")):
-        above.plot(t_s, states["T_base_target"][:, axis, 3], "--", color=colour)
-        above.plot(t_s, states["T_base_tcp"][:, axis, 3], color=colour, label="xyz"[axis])
-    middle.plot(t_s, np.linalg.norm(states["wrench_base"][:, :3], axis=1))
-    below.step(t_s, states["state"], where="post")
-    below.set_yticks(range(len(STATES)), STATES)
-    above.set_ylabel("TCP (m); -- target")
-    middle.set_ylabel("force (N)")
-    below.set_xlabel("s before the end")
-    above.set_title(recording.facts["reason"])
-    above.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
 def main(argv: list[str]) -> int:
-    if len(argv) not in (2, 3) or argv[0] != "replay" or not all(a.startswith("plot=") for a in argv[2:]):
+    if len(argv) != 2 or argv[0] != "replay":
         print(f"{USAGE}\n\n{__doc__.strip()}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
@@ -168,8 +143,6 @@ def main(argv: list[str]) -> int:
     print("\n".join(describe(recording)))
     print(f"replayed {num_actions} actions: {len(different) or 'none'} decided otherwise than then")
     print("\n".join(different[:20]))
-    if argv[2:]:
-        plot(recording, Path(argv[2].removeprefix("plot=")))
     return 1 if different else 0
 
 

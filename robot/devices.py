@@ -207,22 +207,13 @@ class Playback:
         try:
             lines = path.read_text().splitlines()
             rows = [json.loads(line) for line in lines if line]
-            self._readings = [
-                Reading(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows
-            ]
+            readings = [Reading(**r | {k: tuple(r[k]) for k in ("motion", "pressed")}) for r in rows]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DeviceError(f"{path} is no recording of a device: {error}") from error
-        self._next = 0
-
-    @property
-    def has_ended(self) -> bool:
-        return self._next >= len(self._readings)
+        self._readings = iter(readings)
 
     def read(self) -> Reading:
-        if self.has_ended:
-            return Reading()
-        self._next += 1
-        return self._readings[self._next - 1]
+        return next(self._readings, Reading())
 
     def close(self) -> None:
         pass

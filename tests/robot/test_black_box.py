@@ -41,13 +41,11 @@ def test_a_fault_leaves_the_seconds_before_it(fault_file):
     assert "FAULT: reflex" in text
 
 
-def test_replay_decides_as_the_arm_did_and_notices_what_was_changed(fault_file, tmp_path, capsys):
+def test_replay_decides_as_the_arm_did_and_notices_what_was_changed(fault_file, capsys):
     recording = black_box.load(fault_file)
     assert black_box.replay(recording) == (6, [])
-    pytest.importorskip("matplotlib")
-    assert black_box.main(["replay", str(fault_file), f"plot={tmp_path / 'p.png'}"]) == 0
+    assert black_box.main(["replay", str(fault_file)]) == 0
     assert "replayed 6 actions: none decided otherwise" in capsys.readouterr().out
-    assert (tmp_path / "p.png").stat().st_size > 1000
     recording.facts["limits"]["max_speed_m_s"] = 0.1
     assert len(black_box.replay(recording)[1]) == 6
 

@@ -148,7 +148,6 @@ def test_a_recording_plays_back_what_was_read(tmp_path):
     playback = open_device(TeleopConfig(device="playback", path=str(tmp_path / "r.jsonl")))
     assert isinstance(playback, Playback)
     assert [playback.read() for _ in range(3)] == readings
-    assert playback.has_ended
     assert playback.read() == Reading()
     (tmp_path / "bad.jsonl").write_text('{"motion": [9, 0, 0, 0, 0, 0], "pressed": []}\n')
     with pytest.raises(DeviceError, match="no recording"):
