@@ -25,9 +25,8 @@ try:
     import ray
     from ray.exceptions import RayActorError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-except ImportError as error:
-    raise ValueError("cluster.component_placement needs Ray: uv pip install ray; without it everything runs in "
-                     "one process") from error  # fmt: skip
+except ImportError:  # everything runs in one process without it
+    ray = None
 
 from learner.placement_map import Placement, Process
 from learner.rollouts import ChunkResult, VectorEnv, Views
@@ -222,6 +221,8 @@ class RayCrew:
 
 def start_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or begin one on this machine (which lets only holders of its token in)."""
+    if ray is None:
+        raise ValueError("cluster.component_placement needs Ray: uv pip install ray, or run in one process without it")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     runtime_env = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, path))}}
@@ -234,8 +235,9 @@ def start_ray() -> None:
 
 @contextlib.contextmanager
 def placed_trainer(job: Job, placement: Placement, episodes: int) -> Iterator[Trainer]:
-    """A trainer whose workers run as `placement` says, on the Ray cluster of RAY_ADDRESS or on this machine alone."""
-    owned = not ray.is_initialized()
+    """A trainer whose workers run as `placement` says, on the Ray cluster of RAY_ADDRESS or on this machine alone.
+    Raises ValueError when Ray or a node is missing."""
+    owned = ray is None or not ray.is_initialized()
     if owned:
         start_ray()
     members: dict[str, list[Any]] = {}

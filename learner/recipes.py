@@ -112,7 +112,6 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "env.enable_offload": ((False,), "environments stay where they are"),
     "actor.optim.adam_eps": ((1e-8,), "AdamW's eps is 1e-8"),
     "runner.val_check_interval": ((-1, 0), "evaluate checkpoints by `cotwin twin-eval`"),
-    "algorithm.filter_rewards": ((True, False), ""),  # read below
 }
 
 # RLinf's data recipes by name: what they say of the network. Whatever is spelled out beside it wins.
@@ -135,7 +134,8 @@ TASKS: dict[str, dict[str, Any]] = {
 
 # Keys that are read together, in `_combined`.
 COMBINED = (
-    *("algorithm.rollout_epoch", "algorithm.rewards_lower_bound", "algorithm.rewards_upper_bound"),
+    *("algorithm.rollout_epoch", "algorithm.filter_rewards"),
+    *("algorithm.rewards_lower_bound", "algorithm.rewards_upper_bound"),
     *("actor.enable_sft_co_train", "actor.sft_loss_weight", "actor.sft_data_path"),
     *("actor.optim.adam_beta1", "actor.optim.adam_beta2", "actor.model.is_lora", "actor.model.lora_rank"),
     *(f"{OPENPI}.{key}" for key in ("config_name", "pi05", "num_images_in_input", "noise_logvar_range")),
@@ -218,10 +218,11 @@ def _combined(theirs: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
             raise ValueError("algorithm.rollout_epoch needs env.train.total_num_envs: their product is our `episodes`")
         episodes = theirs["algorithm.rollout_epoch"] * theirs["env.train.total_num_envs"]
         out.append(("episodes", episodes, "algorithm.rollout_epoch"))
-    for bound, ours in (("lower", "algo.filter_low"), ("upper", "algo.filter_high")):
+    filtered = "algorithm.filter_rewards"
+    for bound, ours, default in (("lower", "algo.filter_low", 0.1), ("upper", "algo.filter_high", 0.9)):
         key = f"algorithm.rewards_{bound}_bound"
-        if together(key, "algorithm.filter_rewards"):
-            out.append((ours, theirs[key], key))
+        if together(key, filtered) or theirs.get(filtered):
+            out.append((ours, theirs.get(key, default), filtered))
     switch, weight = "actor.enable_sft_co_train", "actor.sft_loss_weight"
     together(weight, switch)
     if switch in theirs:

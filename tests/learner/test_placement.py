@@ -129,6 +129,12 @@ def alone():
     return curve(trainer), trainer.state_dict()["worker"]["policy"]
 
 
+def test_without_ray_it_says_so(monkeypatch):
+    monkeypatch.setattr("learner.placement.ray", None)
+    with pytest.raises(ValueError, match="needs Ray"), placed(job(), parse({"env,rollout,actor": "all"}, 1, 1)):
+        pass
+
+
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")

@@ -79,6 +79,9 @@ def test_both_spellings_and_the_command_line_wins():
     assert loaded(name, "runner.logger.logger_backends=[wandb]").logger.backends == ["wandb"]
     assert loaded(name, "env.train.video_cfg.save_video=true").video.save
     assert loaded(name, "rollout.pipeline_stage_num=2").pipeline_stages == 2
+    grpo = loaded("config=libero_10_grpo_openpi", "algorithm.filter_rewards=false")
+    assert (grpo.algo.filter_low, grpo.algo.filter_high) == (0.0, 1.0)
+    assert loaded("algorithm.filter_rewards=true").algo.filter_low == 0.1
 
 
 def test_data_sets_are_found_below_lerobots_home(monkeypatch, tmp_path):
