@@ -16,7 +16,8 @@ from robot.config import ArmConfig
 # franky's own errors, and what it throws beside them: planner failures and dead connections are RuntimeErrors.
 ROBOT_ERRORS = (franky.Exception, franky.InvalidMotionTypeException, franky.MotionReuseException, RuntimeError)
 STOP_TIMEOUT_S = 1.5
-SAME_M = 1e-7
+# Each sent pose preempts the last, and the planner fails (-111) on preempting itself by a few micrometres at rest.
+SAME = 5e-5  # m, and rad
 
 
 class PositionStream:
@@ -32,7 +33,7 @@ class PositionStream:
             raise RuntimeError("the arm ended the motion by itself")
 
     def send(self, T_base_target: np.ndarray) -> None:
-        if self._last is not None and np.abs(T_base_target - self._last).max() < SAME_M:
+        if self._last is not None and np.abs(T_base_target - self._last).max() < SAME:
             return
         # With the default `return_when_finished` a small step would end the session before the next one comes.
         motion = franky.CartesianMotion(franky.Affine(T_base_target), return_when_finished=False)
