@@ -36,7 +36,7 @@ def test_the_candidate_is_compared_and_never_answers_until_it_is_promoted():
             shadow.promote()
         shadow.watch(always(0.5, 2))
         assert client.infer(observation(), 5.0).policy_version == 1
-        wait_for(lambda: notes)
+        wait_for(lambda: bool(notes))
         assert (notes[0].version, notes[0].candidate_version) == (1, 2)
         shadow.promote()
         chunk = client.infer(observation(), 5.0)
@@ -58,6 +58,6 @@ def test_a_candidate_that_hangs_or_fails_delays_nothing():
             assert client.infer(observation(), 5.0).policy_version == 1
     assert shadow.dropped >= 3
     release.set()
-    wait_for(lambda: shadow.failed)
+    wait_for(lambda: shadow.failed > 0)
     assert not notes
     shadow.close()

@@ -2,12 +2,12 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def tiny_policy(embodiment: Embodiment, seed: int) -> SmallPolicy:
 
 
 def write(root, embodiment: Embodiment, version: int) -> None:
-    files = bundle_files(tiny_policy(embodiment, version))
+    files: dict[str, Path | bytes] = {**bundle_files(tiny_policy(embodiment, version))}
     write_bundle(bundle_path(root, version), files, embodiment, version, version - 1, 0, {})
 
 
@@ -71,6 +71,7 @@ def running(*arguments: str):
 
 def line_with(child: subprocess.Popen, text: str) -> str:
     seen = []
+    assert child.stdout is not None
     for line in child.stdout:
         seen.append(line)
         if text in line:
@@ -95,7 +96,7 @@ def test_a_served_policy_answers_swaps_by_push_and_ends(tmp_path, embodiment, ke
     write(tmp_path / "trained", embodiment, 2)
     settings = [f"root={tmp_path}/deployed", "endpoint=tcp://127.0.0.1:*", f"keys={key_folders['server']}"]
     with running("serve", *settings, *ends, "shadow_batches=1") as server:
-        endpoint = re.search(r"tcp://[\d.:]+", line_with(server, "ready"))[0]
+        endpoint = line_with(server, "ready").split()[4].rstrip(",")
         keys = Keys.at(key_folders["robot"])
         client = PolicyClient(endpoint, embodiment, keys=keys, resize_pictures=True)
         client.wait_ready(PATIENCE_S)
