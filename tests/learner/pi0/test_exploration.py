@@ -119,7 +119,7 @@ ADAPTED = dict(lora=LoraConfig(4, on_expert=True))
 EXPERT_CRITIC = dict(add_value_head=True, value_after_vlm=False)
 
 
-@pytest.mark.parametrize("variant", ["pi05", "pi0"])
+@pytest.mark.parametrize("variant", ["pi05", pytest.param("pi0", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "options", [WHOLE, WHOLE | ADAPTED, EXPERT_CRITIC, ADAPTED | EXPERT_CRITIC, WHOLE | dict(add_value_head=True)]
 )

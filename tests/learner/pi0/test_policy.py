@@ -59,7 +59,7 @@ def assert_same(ours, theirs, tolerance):
         assert (ours[name] - theirs[name]).abs().max() <= tolerance, name
 
 
-@pytest.mark.parametrize("variant", ["pi05", "pi0"])
+@pytest.mark.parametrize("variant", ["pi05", pytest.param("pi0", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "joint"), [("flow_sde", False), ("flow_noise", True)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kept_and_recomputed_prefix_agree(variant, method, joint, dtype):

@@ -87,7 +87,7 @@ def observation() -> ObservationBatch:
     return ObservationBatch(pictures, torch.tensor(rng.normal(0, 0.3, (2, 7)), dtype=torch.float32), ["go", "stop"])
 
 
-@pytest.mark.parametrize("variant", ["pi05", "pi0"])
+@pytest.mark.parametrize("variant", ["pi05", pytest.param("pi0", marks=pytest.mark.slow)])
 def test_both_stages_from_released_weights(folder, toy, variant, monkeypatch):
     """pi0.5 trains its expert, critic on the prefix; pi0 adapters on the expert, critic on it too. Interrupted in Stage
     II they go on as if they had not been."""
