@@ -408,6 +408,8 @@ def main() -> None:
     with torch.device(bench.device):
         peer = build_peer(bench.model, device=str(bench.device))
     print(f"peer built: {sum(p.numel() for p in peer.parameters()) / 1e6:.0f} M parameters", flush=True)
+    if "parity" not in args.only:  # which leaves the peer in the bench's dtype
+        peer.model.paligemma_with_expert.to_bfloat16_for_selected_params(bench.dtype)
     began = time.perf_counter()
     for name in args.only:
         {"parity": parity, "chunks": chunks, "ppo_update": ppo_update, "sft_update": sft_update}[name](bench, peer)
