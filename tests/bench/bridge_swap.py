@@ -118,8 +118,9 @@ def launch_file(folder: Path, contract: Path) -> Path:
     return path
 
 
-def late_ms(watcher: Watcher, ticks: int, work=lambda: None) -> tuple[list[float], dict]:
-    """How late each of so many ticks began, and the runtime's figures, while `work` is called again and again."""
+def late_ms(watcher: Watcher, ticks: int, work=lambda: True) -> tuple[list[float], dict]:
+    """How late each of at least so many ticks began, and the runtime's figures; `work` is called again and again, and
+    says when it is done."""
     watcher.call("runtime_node/start")
     watcher.wait(lambda: watcher.figures().get("state") == "RUNNING", "the policy's start")
     watcher.call("runtime_node/stop")
@@ -127,13 +128,12 @@ def late_ms(watcher: Watcher, ticks: int, work=lambda: None) -> tuple[list[float
     watcher.wait(lambda: watcher.ticks() < ticks, "counting anew")
 
     def counted() -> bool:
-        work()
-        return watcher.ticks() >= ticks
+        return work() and watcher.ticks() >= ticks
 
     watcher.wait(counted, f"{ticks} ticks", 20 * ticks / RATE_HZ)
     figures = dict(watcher.figures())
     watcher.call("runtime_node/stop")
-    return json.loads(figures["tick_jitter_ms"])[:ticks], figures
+    return json.loads(figures["tick_jitter_ms"]), figures
 
 
 def bench_swap(figure, quick: bool) -> dict:
@@ -167,12 +167,13 @@ def bench_swap(figure, quick: bool) -> dict:
                 quiet, calm = late_ms(watcher, ticks // 2)
                 announced = [1]
 
-                def announce_next() -> None:
-                    begin = ticks // 20
-                    due = 2 + (watcher.ticks() - begin) * (versions - 1) // (ticks - 3 * begin)
-                    if announced[-1] < versions and watcher.ticks() >= begin and due > announced[-1]:
+                def announce_next() -> bool:
+                    """The next version once the loop acts by the last one, spread over its ticks."""
+                    is_used = int(watcher.figures()["policy_version"]) == announced[-1]
+                    if is_used and announced[-1] < versions and watcher.ticks() >= announced[-1] * ticks / versions:
                         announced.append(announced[-1] + 1)
                         publisher.announce(announced[-1])
+                    return is_used and announced[-1] == versions
 
                 swapping, figures = late_ms(watcher, ticks, announce_next)
                 again, _ = late_ms(watcher, ticks // 2)
