@@ -145,6 +145,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # Ray and three processes that import torch
 def test_on_ray_the_curve_is_that_of_one_process(cluster, alone):
     with placed(job(), parse({"env,rollout,actor": "all"}, 1, 1)) as trainer:
