@@ -101,8 +101,8 @@ class GripperServer:
     def drop(self) -> None:
         """Cut the client off; the fingers stay as they are."""
         self.link.drop()
-        self._responses.clear()
         self._halt()
+        self._responses.clear()  # also the answer to what was halted: nobody is there to hear it
 
     def _accept(self, number: int, request_id: int, body: bytes) -> None:
         if number == GripperCommand.CONNECT and len(body) == 4:

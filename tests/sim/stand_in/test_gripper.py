@@ -1,5 +1,6 @@
 """Grasping by contact, through the real franky.Gripper, and the expert's whole task."""
 
+import socket
 import time
 
 import franky
@@ -11,7 +12,17 @@ from sim.expert import PickPlaceExpert
 from sim.stand_in.errors import ResetRefused
 from sim.stand_in.kinematics import ArmKinematics
 from sim.stand_in.motion import CommandTracker
-from sim.stand_in.protocol import COMMAND, Generator, StateBuffer
+from sim.stand_in.protocol import (
+    COMMAND,
+    GRIPPER_HEADER,
+    GRIPPER_MOVE_REQUEST,
+    GRIPPER_PORT,
+    GRIPPER_VERSION,
+    Generator,
+    GripperCommand,
+    GripperStatus,
+    StateBuffer,
+)
 from tests.sim.stand_in.test_fci import HOME, go
 
 
@@ -43,13 +54,57 @@ def test_a_width_no_hand_has_is_refused(gripper):
         gripper.move(0.2, 0.1)
 
 
-def test_stop_answers_the_pending_command(gripper, cell):
-    future = gripper.move_async(0.0, 0.001)
+class RawHand:
+    """The hand's protocol by hand: libfranka must not have two commands under way (see robot.gripper)."""
+
+    def __init__(self, address: str):
+        until_s = time.monotonic() + 5.0
+        while True:  # the client before may not be noticed as gone yet
+            self.socket = socket.create_connection((address, GRIPPER_PORT), timeout=5.0)
+            self.ask(GripperCommand.CONNECT, 1, GRIPPER_VERSION.to_bytes(2, "little") + (40000).to_bytes(2, "little"))
+            try:
+                self.answer()
+                return
+            except ConnectionError:
+                assert time.monotonic() < until_s
+                time.sleep(0.05)
+
+    def ask(self, command: GripperCommand, request_id: int, body: bytes = b"") -> None:
+        self.socket.sendall(GRIPPER_HEADER.pack(command, request_id, GRIPPER_HEADER.size + len(body)) + body)
+
+    def answer(self) -> tuple[int, int, GripperStatus]:
+        command, request_id, size = GRIPPER_HEADER.unpack(self._receive(GRIPPER_HEADER.size))
+        body = self._receive(size - GRIPPER_HEADER.size)
+        return command, request_id, GripperStatus(int.from_bytes(body[:2], "little"))
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            data += (more := self.socket.recv(size - len(data)))
+            if not more:
+                raise ConnectionError
+        return data
+
+
+def test_stop_answers_the_pending_command(cell):
+    hand = RawHand(cell.address)
+    hand.ask(GripperCommand.MOVE, 2, GRIPPER_MOVE_REQUEST.pack(0.0, 0.001))
     time.sleep(0.1)
-    gripper.stop()
-    assert future.wait(5.0)
-    with pytest.raises(franky.CommandException, match="abort"):
-        future.get()
+    hand.ask(GripperCommand.STOP, 3)
+    answers = [hand.answer(), hand.answer()]
+    assert (GripperCommand.MOVE, 2, GripperStatus.ABORTED) in answers
+    assert (GripperCommand.STOP, 3, GripperStatus.OK) in answers
+    hand.socket.close()
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_command_leaves_a_cell_that_runs(cell):
+    hand = RawHand(cell.address)
+    hand.ask(GripperCommand.MOVE, 2, GRIPPER_MOVE_REQUEST.pack(0.0, 0.001))
+    time.sleep(0.1)
+    hand.socket.close()
+    time.sleep(0.1)
+    RawHand(cell.address).socket.close()  # answered: the cell goes on
+    assert "cube" in cell.client.poses()
 
 
 def test_the_cube_is_lifted_by_contact_and_put_on_the_plate(gripper, cell, down):
