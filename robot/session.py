@@ -4,7 +4,6 @@ Every wait has a limit and a message; every wait also watches the graph's proces
 """
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from bridge.video import VideoWriter
 from robot.params import load_embodiment
 from robot.recorder_node import picture_of
 from robot.scene import CellScene, OperatorScene, Scene, SessionError
-from robot.up import DDS_ENVIRONMENT, Graph
+from robot.up import Graph
 
 
 @dataclass
@@ -222,8 +221,6 @@ class Session:
             self._newest_stamp = message.header.stamp  # the robot's clock, without following it ourselves
 
     def _open_node(self) -> None:
-        for name, value in DDS_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         self._context = rclpy.Context()
         rclpy.init(context=self._context, signal_handler_options=SignalHandlerOptions.NO)
         self._exits.callback(rclpy.shutdown, context=self._context)

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TextIO
 
 from robot.launch_file import Process, arguments, processes
@@ -20,11 +19,6 @@ from robot.launch_file import Process, arguments, processes
 STOP_PATIENCE_S = ((signal.SIGINT, 6.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0))
 USAGE = "usage: cotwin up FILE [arg:=value ...] [--show-args]"
 PR_SET_PDEATHSIG = 1
-# The environment of our ROS processes, unless it says otherwise: loopback alone, and pictures by shared memory.
-DDS_ENVIRONMENT = {
-    "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-    "FASTDDS_DEFAULT_PROFILES_FILE": str(Path(__file__).resolve().parent.parent / "launch" / "fastdds.xml"),
-}
 
 _libc = ctypes.CDLL(None)
 
@@ -94,7 +88,7 @@ class Graph:
             reader.join(timeout=1.0)
 
     def _start(self, process: Process) -> None:
-        env = {**DDS_ENVIRONMENT, "OMP_NUM_THREADS": "1", **os.environ, **process.env}
+        env = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "OMP_NUM_THREADS": "1", **os.environ, **process.env}
         env["PYTHONUNBUFFERED"] = "1"
         try:
             child = subprocess.Popen(
