@@ -8,6 +8,6 @@ setup(
     data_files=[
         ("share/ament_index/resource_index/packages", ["resource/robot"]),
         ("share/robot", ["package.xml"]),
-        ("share/robot/launch", sorted(glob("launch/*.launch.yaml")) + ["launch/fastdds.xml"]),
+        ("share/robot/launch", sorted(glob("launch/*.launch.yaml"))),
     ]
 )

@@ -154,8 +154,7 @@ def _cotwin(command: list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    profile = Path(__file__).resolve().parent.parent / "launch" / "fastdds.xml"
-    return {"FASTDDS_DEFAULT_PROFILES_FILE": str(profile), **os.environ, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def _run_and_copy(command: list[str], log: Path, once_shown: str, do: Callable[[], None]) -> int:

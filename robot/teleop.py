@@ -109,8 +109,8 @@ class TeleopNode(Node):
         self._gripper_sent = message.position[0]
 
     def _step(self) -> None:
-        if self._R_base_tcp is None:
-            return  # no arm yet; a recording is not to be played to nobody
+        if self._R_base_tcp is None or not self._actions.get_subscription_count():
+            return  # no arm yet, or nobody who listens; a recording is not to be played to nobody
         try:
             reading = self.device.read()
         except DeviceError as error:

@@ -86,6 +86,9 @@ class Probe:
     def state(self, topic="safety_state"):
         return self.status.get(topic, {}).get("state", "")
 
+    def source(self):
+        return self.last["action"].header.frame_id if "action" in self.last else ""
+
     def target_m(self):
         p = self.last["target_pose"].pose.position
         return np.array([p.x, p.y, p.z])
@@ -179,17 +182,17 @@ def test_a_hand_at_the_device_moves_the_target_by_exactly_what_it_says(probe):
     probe.wait(lambda: probe.state() == "HOLD", "HOLD")
 
 
-@pytest.mark.slow  # its device's only mark is now and then published before it is matched
 def test_teleop_takes_the_arm_from_a_policy_and_gives_it_back(probe, policy_server, tmp_path):
     """`cotwin teleop` plays a recorded device: twelve readings with the clutch held, 1.5 cm to the left in all."""
     policy_server()
     probe.call("home")
     assert probe.call("runtime_node/start").success
-    probe.wait(lambda: probe.last["action"].header.frame_id == "policy", "the policy")
+    probe.wait(lambda: probe.source() == "policy", "the policy")
     held = {"motion": [0, 0.125, 0, 0, 0, 0], "clutch": True, "deadman": True, "pressed": []}
-    idle = held | {"motion": [0] * 6, "clutch": False, "pressed": ["success"]}
+    idle = held | {"motion": [0] * 6, "clutch": False}
+    readings = [idle] * 40 + [held] * 12 + [idle | {"pressed": ["success"]}]  # first time for all to find the device
     path = tmp_path / "device.jsonl"
-    path.write_text("".join(json.dumps(reading) + "\n" for reading in [held] * 12 + [idle]))
+    path.write_text("".join(json.dumps(reading) + "\n" for reading in readings))
     marks, sources = [], []
     probe.node.create_subscription(String, "teleop/mark", lambda m: marks.append(m.data), 10)
     keep = lambda m: sources.append((m.header.frame_id, m.position[1]))  # noqa: E731
@@ -214,7 +217,7 @@ def test_a_killed_policy_server_means_hold_and_its_return_means_motion(probe, po
     probe.call("home")
     assert probe.call("runtime_node/start").success
     probe.wait(lambda: probe.state("runtime_status") == "RUNNING", "the policy's start")
-    probe.wait(lambda: probe.last["action"].header.frame_id == "policy", "the first action")
+    probe.wait(lambda: probe.source() == "policy", "the first action")
     z = probe.target_m()[2]
     probe.wait(lambda: abs(probe.target_m()[2] - z) > 0.01, "motion")
     server.kill()
