@@ -32,6 +32,7 @@ class Twin:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's CPU renderer: parallel by processes, not by threads
         import gymnasium as gym
+        import torch
 
         import sim.twin.pick_place
         import sim.twin.put_cube  # noqa: F401  registers the tasks
@@ -40,7 +41,7 @@ class Twin:
         self._splats: SplatPictures | None = None  # made when somebody asks for a picture
         self.sapien_draws = render and config.render != "splat"
         shown = (
-            {"obs_mode": "rgb", "render_backend": "cpu"}
+            {"obs_mode": "rgb", "render_backend": "gpu" if torch.cuda.is_available() else "cpu"}
             if self.sapien_draws
             else {"obs_mode": "state", "render_backend": "none"}
         )
