@@ -96,21 +96,18 @@ class CallerEnd:
         """
         until_s = time.monotonic() + timeout_s
         while True:
-            self._say_hello()
+            now_s = self._say_hello()
             try:
-                frames = receive(self._socket, self.limits)
+                wait_s = min(until_s - now_s, NOTICE_S if self.ready else self._hello_due_s - now_s)
+                frames = receive(self._socket, self.limits, wait_s=wait_s)
             except CorruptData as error:
                 self.corrupt += 1
                 log.warning("%s: %s", self.endpoint, error)
                 continue
             if frames is None:
-                now_s = time.monotonic()
-                if now_s >= until_s:
-                    self._notice_disconnect()
+                self._notice_disconnect()
+                if time.monotonic() >= until_s:
                     return None
-                wait_until_s = min(until_s, now_s + NOTICE_S if self.ready else self._hello_due_s)
-                if not self._socket.poll(max(1, int((wait_until_s - now_s) * 1e3))):
-                    self._notice_disconnect()
                 continue
             try:
                 message = decode(frames, self.limits)
@@ -148,10 +145,11 @@ class CallerEnd:
             return False
         return True
 
-    def _say_hello(self) -> None:
+    def _say_hello(self) -> float:
+        """If it is due. Returns the time, monotonic."""
         now_s = time.monotonic()
         if self.ready or now_s < self._hello_due_s:
-            return
+            return now_s
         body = {
             "uid": self.uid,
             "name": f"{host.gethostname()}:{os.getpid()}",
@@ -163,6 +161,7 @@ class CallerEnd:
         }
         said = self._send(encode("hello", body | self._hello()))
         self._hello_due_s = now_s + (HELLO_AGAIN_S if said else 0.02)
+        return now_s
 
     def _handshake(self, message: Message) -> bool:
         """Whether `message` was part of the handshake, and then dealt with."""
@@ -225,10 +224,9 @@ class ListenerEnd:
         while True:
             frames: list[zmq.Frame] | None = []
             try:
-                frames = receive(self._socket, self.limits, leading=1)
+                frames = receive(self._socket, self.limits, leading=1, wait_s=until_s - time.monotonic())
                 if frames is None:
-                    left_s = until_s - time.monotonic()
-                    if left_s <= 0 or not self._socket.poll(max(1, int(left_s * 1e3))):
+                    if time.monotonic() >= until_s:
                         return None
                     continue
                 self.counts["received"] += 1
