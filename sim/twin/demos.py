@@ -4,6 +4,9 @@ One row a policy step, both cameras. Only successes are kept. An interrupted run
 
 With `action_noise_m` the twin executes the expert's action plus noise, while the row keeps what the expert wanted: the
 data then shows how to come back from small errors (DART), which a few clean demonstrations do not.
+
+`world=stand_in` does the same in the stand-in cell in lock step, for studies that need many demonstrations of it and no
+robot side; `cotwin record` is the one that drives the robot.
 """
 
 import json
@@ -22,11 +25,14 @@ from bridge.dataset import DatasetStore, EpisodeWriter, video_path
 from bridge.embodiment import Embodiment
 from bridge.run_files import append_line, read_lines, write_stage
 from bridge.statistics import wilson_interval
+from sim.stand_in.config import CellConfig
+from sim.stand_in.lockstep import LockStepCell
 from sim.twin.config import TwinConfig
 from sim.twin.scripted import behaviour
 from sim.twin.worker import Twin
 
 REPO_IDS = {"PutCubeOnPlate-v0": "cotwin/twin_put_cube_on_plate", "PickPlaceTwin-v1": "cotwin/twin_pick_place"}
+WORLDS = ("twin", "stand_in")
 SEED_BASE = 100_000  # training scenes; evaluations count from other bases
 
 
@@ -39,12 +45,16 @@ class TwinDemosConfig:
     episodes: int = 120  # kept ones, earlier sessions of this run included
     seed: int = 0
     workers: int = 2  # processes
+    world: str = "twin"  # or stand_in
     start_range_m: float = 0.06  # the first target is moved by up to this much on each axis, so that starts differ
     action_noise_m: float = 0.002  # standard deviation, each axis and step, of what is executed but not recorded
     embodiment: Embodiment = field(default_factory=Embodiment)
     twin: TwinConfig = field(default_factory=TwinConfig)
+    cell: CellConfig = field(default_factory=CellConfig)  # world=stand_in only
 
     def __post_init__(self):
+        if self.world not in WORLDS:
+            raise ValueError(f"world {self.world!r}: allowed are {', '.join(WORLDS)}")
         for key, least in (("episodes", 1), ("workers", 1), ("start_range_m", 0.0), ("action_noise_m", 0.0)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} {getattr(self, key)}: allowed are {least} and more")
@@ -52,6 +62,20 @@ class TwinDemosConfig:
     @property
     def run(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def stage(self) -> str:
+        return "twin_demos" if self.world == "twin" else "cell_demos"
+
+    @property
+    def repo_id(self) -> str:
+        return REPO_IDS[self.twin.task] if self.world == "twin" else "cotwin/stand_in_put_cube_on_plate"
+
+    def make(self) -> "Twin | LockStepCell":
+        if self.world == "twin":
+            return Twin(self.twin, self.embodiment)
+        size = self.twin.picture_height, self.twin.picture_width
+        return LockStepCell(self.cell, self.embodiment, self.twin.max_steps, size)
 
 
 @dataclass(frozen=True)
@@ -68,11 +92,11 @@ def main(argv: list[str]) -> None:
     config = command_line("twin-demos", TwinDemosConfig, argv, __doc__)
     save(config, config.run / "config" / "twin-demos.yaml")
     started_s = time.monotonic()
-    root = config.run / "data" / "twin"
+    root = config.run / "data" / config.world
     size = (config.twin.picture_height, config.twin.picture_width)
-    repo_id, rate_hz = REPO_IDS[config.twin.task], int(config.embodiment.policy_rate_hz)
-    store = DatasetStore.open_or_create(root, repo_id, config.embodiment, rate_hz, size)
-    attempts_file = config.run / "twin_demos" / "attempts.jsonl"
+    rate_hz = int(config.embodiment.policy_rate_hz)
+    store = DatasetStore.open_or_create(root, config.repo_id, config.embodiment, rate_hz, size)
+    attempts_file = config.run / config.stage / "attempts.jsonl"
     episodes_before = store.num_episodes
     fresh_steps = record(config, store, attempts_file)
     wall_s = time.monotonic() - started_s
@@ -89,10 +113,10 @@ def main(argv: list[str]) -> None:
         "steps_per_s": round(fresh_steps / wall_s, 1),
         "episodes_per_s": round((store.num_episodes - episodes_before) / wall_s, 3),
     }
-    video = config.run / "videos" / "twin_demonstration.mp4"
+    video = config.run / "videos" / f"{config.world}_demonstration.mp4"
     video.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(video_path(root, "third_person", 0), video)
-    write_stage(config.run, "twin_demos", wall_s, figures, {"demonstration": video})
+    write_stage(config.run, config.stage, wall_s, figures, {"demonstration": video})
     print(json.dumps(figures, indent=2))
 
 
@@ -101,11 +125,13 @@ def record(config: TwinDemosConfig, store: DatasetStore, attempts_file: Path) ->
     attempts, steps = read_lines(attempts_file), 0
     if store.num_episodes >= config.episodes:
         return steps
-    spool = config.run / "twin_demos" / "spool"
+    spool = config.run / config.stage / "spool"
     shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir(parents=True)
     first = SEED_BASE + 1000 * config.seed + len(attempts)
-    with tqdm(total=config.episodes, initial=store.num_episodes, unit="episode", desc="twin demonstrations") as bar:
+    with tqdm(
+        total=config.episodes, initial=store.num_episodes, unit="episode", desc=f"{config.world} demonstrations"
+    ) as bar:
         for attempt in _attempts(config, spool, first):
             if attempt.success:
                 store.append(Path(attempt.folder))
@@ -130,7 +156,7 @@ def _attempts(config: TwinDemosConfig, spool: Path, first_seed: int) -> Iterator
             next_seed += 1
 
 
-_twin: Twin | None = None  # of this worker process
+_twin: Twin | LockStepCell | None = None  # of this worker process
 _config: TwinDemosConfig | None = None
 _spool = Path()
 
@@ -138,7 +164,7 @@ _spool = Path()
 def _begin(config: TwinDemosConfig, spool: str) -> None:
     global _twin, _config, _spool
     _config, _spool = config, Path(spool)
-    _twin = Twin(config.twin, config.embodiment)
+    _twin = config.make()
 
 
 def _attempt(seed: int) -> Attempt:
@@ -147,7 +173,7 @@ def _attempt(seed: int) -> Attempt:
     return demonstrate(_twin, _config, seed, _spool / f"{seed:08d}")
 
 
-def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) -> Attempt:
+def demonstrate(twin: Twin | LockStepCell, config: TwinDemosConfig, seed: int, folder: Path) -> Attempt:
     """One episode of the expert from a displaced start, written to `folder` when it succeeds."""
     embodiment, period_ns = config.embodiment, round(1e9 / config.embodiment.policy_rate_hz)
     twin.reset(seed)
@@ -156,7 +182,7 @@ def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) ->
     act = behaviour("expert", twin, seed)
     size = (config.twin.picture_height, config.twin.picture_width)
     instruction = embodiment.instructions[0]
-    writer = EpisodeWriter(folder, embodiment, int(embodiment.policy_rate_hz), instruction, "twin", size)
+    writer = EpisodeWriter(folder, embodiment, int(embodiment.policy_rate_hz), instruction, config.world, size)
     steps = 0
     while not twin.ended:
         action = act()
@@ -176,7 +202,7 @@ def demonstrate(twin: Twin, config: TwinDemosConfig, seed: int, folder: Path) ->
     return Attempt(seed, True, steps, str(writer.close(success=True, extra=extra)))
 
 
-def displace(twin: Twin, rng: np.random.Generator, range_m: float) -> None:
+def displace(twin: Twin | LockStepCell, rng: np.random.Generator, range_m: float) -> None:
     """Move the arm to a random start near home, before anything is recorded."""
     offset_m = rng.uniform(-range_m, range_m, 3)
     num_steps = 5
