@@ -59,7 +59,7 @@ class PushEnv:
 
     def _views(self, n):
         images = {name: np.full((n, *SIZE, 3), 90, np.uint8) for name in ("third_person", "wrist")}
-        return Views(images, np.full((n, 7), 0.1, np.float32))
+        return Views(images, np.full((n, 7), 0.1, np.float32), tabletop().instructions[:1] * n)
 
     def step_chunk(self, actions, env_ids):
         n, chunk = actions.shape[:2]

@@ -118,6 +118,7 @@ def demonstration(embodiment: Embodiment, seed: int, noise_m: float = 0.0, size:
 class Views:
     images: dict[str, np.ndarray]
     state: np.ndarray
+    instruction: list[str]
 
 
 @dataclass
@@ -155,7 +156,8 @@ class ToyVectorEnv:
     def _observe(self, ids):
         pictures = [self.cells[env].pictures() for env in ids]
         images = {name: np.stack([p[name] for p in pictures]) for name in pictures[0]}
-        return Views(images, np.stack([self.cells[env].state for env in ids]))
+        words = self.cells[0].embodiment.instructions[:1] * len(ids)
+        return Views(images, np.stack([self.cells[env].state for env in ids]), words)
 
     def step_chunk(self, actions: np.ndarray, env_ids=None) -> ChunkResult:
         ids = self._ids(env_ids)
