@@ -74,12 +74,12 @@ def project(
     opacities = cloud.opacities
     if antialiased:
         opacities = opacities * (sharp / determinant).clamp_min(0).sqrt()
-    drawn &= (determinant > 0) & (opacities >= MIN_ALPHA)
+    drawn = drawn & (determinant > 0) & (opacities >= MIN_ALPHA)  # not in place: autograd keeps the first
 
     extent = (2 * (opacities / MIN_ALPHA).clamp_min(1).log()).sqrt().clamp_max(MAX_EXTENT)
     radii = (extent[:, None] * torch.stack([xx, yy], dim=-1).sqrt()).ceil()
     size = torch.tensor([width, height], device=radii.device)
-    drawn &= ((means_px + radii > 0) & (means_px - radii < size)).all(dim=-1)
+    drawn = drawn & ((means_px + radii > 0) & (means_px - radii < size)).all(dim=-1)
 
     direction = torch.nn.functional.normalize(cloud.means_m - cam_pos_segment, dim=-1)
     return Projection(
