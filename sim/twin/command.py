@@ -1,11 +1,14 @@
-"""Look at the twin and fit it.
+"""Look at the twin, fit it, and scan a cell for it.
 
 cotwin twin selfcheck                      step and draw every task once, by every renderer that runs here
-cotwin twin replay root=DATA               recorded episodes in the twin: how far its TCP strays from the recorded one
+cotwin twin replay root=DATA               recorded episodes in the twin: how far its TCP strays, how near its pictures
+                                           are, whether it succeeds too; numbers, a plot and films of both
 cotwin twin fit-dynamics root=DATA         stiffness, damping and latency that stray least, tried on other episodes
+cotwin twin capture|fit|bind|check         photograph a cell, fit splats to it, cut them, check them (each: --help)
 """
 
 import dataclasses
+import importlib
 import json
 import sys
 import tempfile
@@ -30,6 +33,7 @@ from sim.twin.vector_env import TwinVectorEnv
 from sim.twin.worker import Twin
 
 ACTIONS = ("selfcheck", "replay", "fit-dynamics")
+SCAN = ("capture", "fit", "bind", "check")  # each a module with settings of its own
 GROUPS = {"PutCubeOnPlate-v0": ("put_cube", "fr3_tabletop"), "PickPlaceTwin-v1": ("pick_place", "rl_co")}
 BACKGROUND = [0.55, 0.6, 0.65]
 
@@ -44,6 +48,7 @@ class TwinCommandConfig:
     episodes: int = 4  # to fit on; replay: all that are replayed
     held_out: int = 4  # further ones, that the fit is judged by
     out: str = ""  # fit-dynamics: the YAML to write; empty: <run>/twin_fit/dynamics.yaml
+    pictures_every: int = 5  # replay: policy steps between two that are compared; 0: no pictures, no success
     num_gaussians: int = 3000  # selfcheck: of the procedural splat scenes
     twin: TwinConfig = field(default_factory=TwinConfig)
 
@@ -51,6 +56,8 @@ class TwinCommandConfig:
         for key in ("episodes", "held_out"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} {getattr(self, key)}: at least 1")
+        if self.pictures_every < 0:
+            raise ValueError(f"pictures_every {self.pictures_every}: at least 0")
 
     @property
     def run(self) -> Path:
@@ -62,10 +69,12 @@ class TwinCommandConfig:
 
 
 def main(argv: list[str]) -> int:
+    if argv and argv[0] in SCAN:
+        return importlib.import_module(f"sim.scan.{argv[0]}").main(argv[1:])
     action, settings = (argv[0], argv[1:]) if argv and argv[0] in ACTIONS else (None, argv)
     config = command_line("twin", TwinCommandConfig, settings, __doc__)
     if action is None:
-        print(f"error: say what to do: cotwin twin {'|'.join(ACTIONS)} (cotwin twin --help)", file=sys.stderr)
+        print(f"error: say what to do: cotwin twin {'|'.join(ACTIONS + SCAN)} (cotwin twin --help)", file=sys.stderr)
         return 1
     try:
         return {"selfcheck": selfcheck, "replay": report_replay, "fit-dynamics": fit_dynamics}[action](config)
@@ -123,15 +132,30 @@ def check(task: str, render: str, scene: Path) -> dict[str, Any]:
 
 
 def report_replay(config: TwinCommandConfig) -> int:
+    """A table of the episodes; `<run>/twin_replay/` gets all numbers, a plot, and a film of each episode."""
+    from sim.twin import replay_report  # draws: slow to import
+
+    started_s, out = time.monotonic(), config.run / "twin_replay"
     store = DatasetStore.open(config.data)
+    out.mkdir(parents=True, exist_ok=True)
     twin, chosen = _twin(config, store), range(min(config.episodes, store.num_episodes))
+    twins = replay_report.drawing_twins(config.twin, store) if config.pictures_every else {}
+    found, strayed = [], []
     print(f"{'episode':>7} {'steps':>6} {'mean mm':>8} {'max mm':>7} {'mean mrad':>10} {'opening mm':>11}")
     for index, recording in zip(chosen, recordings(store, chosen), strict=True):
         s = replay(twin, recording)
-        print(
-            f"{index:>7} {len(s.position_m):>6} {1e3 * s.position_m.mean():>8.2f} {1e3 * s.position_m.max():>7.2f} "
-            f"{1e3 * s.rotation_rad.mean():>10.2f} {1e3 * np.abs(s.opening_m).mean():>11.2f}"
-        )
+        strayed.append(s)
+        found.append({"episode": index, "steps": len(s.position_m), **s.figures()})
+        print("{episode:>7} {steps:>6} {mean_mm:>8} {max_mm:>7} {mean_mrad:>10} {opening_mm:>11}".format(**found[-1]))
+        if twins:
+            film = out / f"episode_{index:04d}.mp4"
+            found[-1] |= replay_report.pictures(twins, store, index, recording, config.pictures_every, film)
+    files = {"replay_error": replay_report.plot(strayed, store.embodiment.period_s, out / "strayed.png")}
+    files |= {"replay": film} if twins else {}
+    (out / "replay.json").write_text(json.dumps(found, indent=2) + "\n")
+    figures = replay_report.means(found)
+    write_stage(config.run, "twin_replay", time.monotonic() - started_s, figures, files)
+    print(json.dumps(figures, indent=2))
     return 0
 
 

@@ -39,6 +39,11 @@ class Strayed:
     rotation_rad: np.ndarray
     opening_m: np.ndarray
 
+    def figures(self) -> dict[str, float]:
+        means = {"mean_mm": self.position_m.mean(), "max_mm": self.position_m.max()}
+        means |= {"mean_mrad": self.rotation_rad.mean(), "opening_mm": np.abs(self.opening_m).mean()}
+        return {key: round(1e3 * float(value), 2) for key, value in means.items()}
+
 
 @dataclass(frozen=True)
 class Dynamics:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -92,11 +93,18 @@ def test_command_writes_what_it_found(data, tmp_path, capsys):
     with pytest.raises(ValueError, match="has 2 episodes"):
         fit_dynamics(config)
     assert main([]) == 1
-    assert "selfcheck|replay|fit-dynamics" in capsys.readouterr().err
+    assert "selfcheck|replay|fit-dynamics|capture" in capsys.readouterr().err
     assert main(["replay", f"root={tmp_path}"]) == 1
     assert "is no data set" in capsys.readouterr().err
-    assert main(["replay", f"root={data}", "episodes=1"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["replay", f"root={data}", "episodes=1", f"runs_dir={tmp_path}", "pictures_every=0"]) == 0
+    table, _, figures = capsys.readouterr().out.partition("{")
+    assert len(table.splitlines()) == 2
+    figures = json.loads("{" + figures)
+    assert figures["episodes"] == 1
+    assert figures["steps"] == 13
+    stage = json.loads((tmp_path / "demo/stages/twin_replay.json").read_text())
+    assert stage["figures"] == figures
+    assert (tmp_path / "demo" / stage["files"]["replay_error"]).stat().st_size > 1000
 
 
 @pytest.mark.slow
