@@ -11,7 +11,7 @@ import numpy as np
 
 from bridge.embodiment import Camera, Embodiment
 from bridge.pose import matrix_from_rpy, pose, quat_xyzw_from_matrix
-from sim.stand_in.config import Bodies, CameraError, CellConfig, Looks
+from sim.stand_in.config import Bodies, CameraError, CellConfig, Chessboard, Looks
 
 ARM_JOINTS = tuple(f"fr3_joint{i}" for i in range(1, 8))
 T_HAND_EE = pose([0.0, 0.0, 0.1034], np.eye(3))
@@ -40,6 +40,7 @@ def build_model(config: CellConfig, embodiment: Embodiment) -> mujoco.MjModel:
     _hand(spec, config.bodies)
     _surroundings(spec, config.looks)
     _things(spec, config.bodies, config.looks)
+    _chessboard(spec, config.board)
     for name, camera in embodiment.cameras.items():
         spec.visual.global_.offwidth = max(spec.visual.global_.offwidth, camera.width)
         spec.visual.global_.offheight = max(spec.visual.global_.offheight, camera.height)
@@ -166,6 +167,7 @@ def _surroundings(spec: mujoco.MjSpec, looks: Looks) -> None:
     spec.visual.headlight.ambient = [looks.ambient] * 3
     spec.visual.headlight.diffuse = [0.22] * 3
     spec.visual.headlight.specular = [0.0] * 3
+    spec.stat.extent = 1.0  # MuJoCo counts the next two in it, and would take the walls' distance: fingers were cut off
     spec.visual.map.znear, spec.visual.map.zfar = 0.02, 6.0
     lamp = np.array(looks.lamp_pos_m)
     aim = np.array([*TABLE_CENTRE_M, 0.0]) - lamp
@@ -250,6 +252,21 @@ def _things(spec: mujoco.MjSpec, bodies: Bodies, looks: Looks) -> None:
         conaffinity=affinity,
         group=2,
     )
+
+
+def _chessboard(spec: mujoco.MjSpec, board: Chessboard) -> None:
+    """For looks only: a white sheet a square larger all round, and the dark squares, which begin at the corner."""
+    box, (touch, affinity), side = mujoco.mjtGeom.mjGEOM_BOX, NO_TOUCH, board.square_m
+    still = {"type": box, "contype": touch, "conaffinity": affinity}
+    middle = np.array([board.columns - 1, board.rows - 1]) / 2
+    if board.columns:
+        size = [(board.columns + 2) * side / 2, (board.rows + 2) * side / 2, 5e-4]
+        spec.worldbody.add_geom(name="sheet", pos=[*board.pos_m, 5e-4], size=size, rgba=[0.95, 0.95, 0.95, 1], **still)
+    for column, row in np.ndindex(board.columns, board.rows):
+        if (column + row) % 2 == 0:
+            pos = np.array(board.pos_m) + side * (np.array([column, row]) - middle)
+            size, dark = [side / 2, side / 2, 6e-4], [0.05, 0.05, 0.05, 1]
+            spec.worldbody.add_geom(name=f"dark{column}_{row}", pos=[*pos, 6e-4], size=size, rgba=dark, **still)
 
 
 def _plate_mesh(radius_m: float, thickness_m: float, num_segments: int = 40) -> tuple[np.ndarray, np.ndarray]:

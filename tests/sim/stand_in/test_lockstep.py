@@ -69,6 +69,15 @@ def test_turns_are_made_in_the_frame_of_the_tcp_and_the_workspace_holds(lockstep
     assert lockstep.facts.T_base_target[2, 3] == pytest.approx(0.018)
 
 
+def test_the_wrist_camera_sees_the_fingers(lockstep):
+    lockstep.reset(0)
+    opened = lockstep.pictures()
+    for _ in range(12):
+        lockstep.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    changed = np.abs(lockstep.pictures()["wrist"].astype(int) - opened["wrist"]).max(-1) > 30
+    assert changed.mean() > 0.03
+
+
 def test_the_expert_places_the_cube_and_the_time_limit_ends_an_episode(lockstep):
     for seed in SEEDS:
         lockstep.reset(seed)
