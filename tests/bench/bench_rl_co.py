@@ -21,10 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bridge.checkpoint import latest_bundle
 from bridge.statistics import wilson_interval
 
 SEEDS = (0, 1, 2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGE_1 = {"stand_in_sft": ("real",), "twin_sft": ("sim",), "mixed_sft": ("sim", "real")}
 ADAPTIVE = ["algo.beta=0.2", "algo.sft_gradient_share=0.3"]
 STAGE_2 = {  # arm -> (Stage I it starts from, keys)
@@ -85,18 +88,18 @@ class Study:
         return [f"data.{side}=[{self.root}/data/data/{folders[side]}]" for side in sides]
 
     def demos(self, world: str, episodes: int, start_m: float, noise_m: float) -> Callable[[], list[str]]:
-        keys = [f"episodes={episodes}", f"world={world}", "workers=16"]
+        keys = [f"episodes={episodes}", f"world={world}", f"workers={min(16, self.args.cores)}"]
         keys += [f"start_range_m={start_m}", f"action_noise_m={noise_m}"]
         return lambda: ["twin-demos", *self.named("data"), *keys]
 
     def sft(self, arm: str, seed: int, sides: tuple[str, ...]) -> Callable[[], list[str]]:
-        keys = [f"seed={seed}", f"steps={self.args.sft_steps}", "max_seconds=0", "device=cuda", "threads=1"]
+        keys = [f"seed={seed}", f"steps={self.args.sft_steps}", "max_seconds=0", f"device={DEVICE}", "threads=1"]
         return lambda: ["sft", *self.named(f"{arm}.{seed}"), *keys, *self.data(sides)]
 
     def train(self, run: str, start: str, seed: int, keys: list[str]) -> Callable[[], list[str]]:
         a = self.args
         sizes = [f"iterations={a.iterations}", f"envs={a.envs}", f"workers={a.workers}", f"episodes={a.envs}"]
-        more = [f"seed={seed}", "device=cuda", "threads=1", "save_every=1000", *self.data(("real",)), *a.algo]
+        more = [f"seed={seed}", f"device={DEVICE}", "threads=1", "save_every=1000", *self.data(("real",)), *a.algo]
         return lambda: [
             "train", *self.named(run), f"checkpoint={latest_bundle(self.root / start / 'checkpoints')}",
             *sizes, *more, *keys,
@@ -105,7 +108,15 @@ class Study:
     def evaluate(self, run: str, of: Job) -> None:
         a, named = self.args, self.named(run)
         cell = [f"trials={a.trials}", "seed=1000", "workers=8"]
-        twin = [f"episodes={a.trials}", "seed=1000", "workers=8", "envs=24", "video=false", "device=cuda", "threads=1"]
+        twin = [
+            f"episodes={a.trials}",
+            "seed=1000",
+            "workers=8",
+            "envs=24",
+            "video=false",
+            f"device={DEVICE}",
+            "threads=1",
+        ]
         self.add(run, "cell_eval", lambda: ["cell-eval", *named, *cell], 8, [of])
         self.add(run, "twin_eval", lambda: ["twin-eval", *named, *twin], 8, [of])
 
