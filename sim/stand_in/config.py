@@ -67,6 +67,16 @@ class Looks:
 
 
 @dataclass
+class Chessboard:
+    """For calibrating cameras: so many squares, flat on the table, x along its columns; none: no board."""
+
+    columns: int = 0
+    rows: int = 0
+    square_m: float = 0.03
+    pos_m: list[float] = field(default_factory=lambda: [0.45, 0.0])  # of its centre
+
+
+@dataclass
 class Task:
     """When the cube counts as placed: near the plate's centre, lying on it, let go of, at rest."""
 
@@ -83,6 +93,7 @@ class CellConfig:
     bodies: Bodies = field(default_factory=Bodies)
     looks: Looks = field(default_factory=Looks)
     task: Task = field(default_factory=Task)
+    board: Chessboard = field(default_factory=Chessboard)
     camera_errors: dict[str, CameraError] = field(default_factory=dict)
     camera_serials: dict[str, str] = field(default_factory=dict)  # of the software RealSense devices
     camera_rate_hz: float = 30.0
