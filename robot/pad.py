@@ -1,23 +1,18 @@
 """A page with two touch pads and buttons, for a phone or a browser: a teleoperation device over one loopback port.
 
-Only who knows the address with its token gets in, and only one at a time. The page speaks fifteen times a second; when
-it falls silent, or the connection ends, nothing is held any more.
+Only one page at a time has the pad. It speaks fifteen times a second; when it falls silent, or the connection ends,
+nothing is held any more.
 """
 
 import json
-import secrets
 import threading
 import time
-from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
-from websockets.datastructures import Headers
-from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
-from websockets.sync.server import ServerConnection, serve
+from websockets.sync.server import ServerConnection
 
 from robot.devices import STILL, DeviceError, Reading
+from robot.page import PageServer
 
 SILENCE_S = 0.3
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width,user-scalable=no">
@@ -55,17 +50,14 @@ class BrowserPad:
     """Serves the page at `url`. Raises DeviceError when the port is taken."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 8090):
-        self._token = secrets.token_urlsafe(9)
         self._lock = threading.Lock()
         self._newest, self._pressed, self._heard_s = Reading(), [], 0.0  # of the page
         self._owner: ServerConnection | None = None
         try:
-            self._server = serve(self._serve, host, port, process_request=self._answer, max_size=4096, close_timeout=1)
-        except OSError as error:
-            raise DeviceError(f"browser pad at {host}:{port}: {error.strerror}; set host= or port=") from error
-        self.url = f"http://{host}:{self._server.socket.getsockname()[1]}/?token={self._token}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="pad", daemon=True)
-        self._thread.start()
+            self._server = PageServer("browser pad", PAGE, self._talk, host, port)
+        except ValueError as error:
+            raise DeviceError(str(error)) from error
+        self.url = self._server.url
 
     def read(self) -> Reading:
         with self._lock:
@@ -76,28 +68,9 @@ class BrowserPad:
             return Reading(newest.motion, newest.clutch, newest.deadman, pressed)
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join(timeout=2.0)
+        self._server.close()
 
-    def _answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        """The page, or None: go on with a websocket."""
-        parts = urlsplit(request.path)
-        given = parse_qs(parts.query).get("token", [""])[0]
-        if not secrets.compare_digest(given.encode(), self._token.encode()):
-            return connection.respond(HTTPStatus.FORBIDDEN, "the address with its token is needed\n")
-        # Another site's page in the same browser could connect as well, if it learned the token.
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("Host"):
-            return connection.respond(HTTPStatus.FORBIDDEN, "another site's page\n")
-        if parts.path == "/socket":
-            return None
-        if parts.path != "/":
-            return connection.respond(HTTPStatus.NOT_FOUND, "there is one page only\n")
-        body = PAGE.encode()
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Length": str(len(body)), "Connection": "close"}
-        return Response(200, "OK", Headers({**headers, "Referrer-Policy": "no-referrer"}), body)
-
-    def _serve(self, connection: ServerConnection) -> None:
+    def _talk(self, connection: ServerConnection) -> None:
         with self._lock:
             if self._owner is not None:
                 connection.close(1013, "somebody else holds the pad")
@@ -106,8 +79,6 @@ class BrowserPad:
         try:
             for message in connection:
                 self._take(json.loads(message))
-        except (ConnectionClosed, ValueError, TypeError, KeyError):
-            connection.close(1007, "not understood")
         finally:
             with self._lock:
                 self._owner, self._newest = None, Reading()

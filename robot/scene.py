@@ -79,12 +79,15 @@ class CellScene:
 
 class OperatorScene:
     """A person at the terminal, or with a device in hand. `check` is called while waiting for an answer and raises when
-    the robot side died. `marks` are the episode marks of the device, which whoever hears them appends."""
+    the robot side died. `marks` are the episode marks of a device or of the console,
+    which whoever hears them appends; `tell` is told what is asked, and "" when it was answered."""
 
     automatic = False
 
-    def __init__(self, check: Callable[[], None], marks: deque[str] | None = None):
-        self._check, self._marks = check, marks if marks is not None else deque()
+    def __init__(
+        self, check: Callable[[], None], marks: deque[str] | None = None, tell: Callable[[str], None] = lambda _: None
+    ):
+        self._check, self._marks, self._tell = check, marks if marks is not None else deque(), tell
         self._verdict, self._marked_s, self.is_discarded = "", 0.0, False
 
     def reset(self, seed: int) -> None:
@@ -127,13 +130,17 @@ class OperatorScene:
             pass
         self._marks.clear()
         print(prompt, end="", flush=True)
-        while (line := self._line(0.1)) is None:
-            self._check()
-            while self._marks:
-                if (mark := self._marks.popleft()) in by_mark:
-                    print(mark)
-                    return mark
-        return line.strip()
+        self._tell(prompt.strip())
+        try:
+            while (line := self._line(0.1)) is None:
+                self._check()
+                while self._marks:
+                    if (mark := self._marks.popleft()) in by_mark:
+                        print(mark)
+                        return mark
+            return line.strip()
+        finally:
+            self._tell("")
 
     def _line(self, timeout_s: float) -> str | None:
         if not select.select([sys.stdin], [], [], timeout_s)[0]:

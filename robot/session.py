@@ -16,7 +16,7 @@ import rclpy
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticStatus
 from rclpy.node import Node
-from rclpy.qos import QoSProfile, qos_profile_sensor_data
+from rclpy.qos import DurabilityPolicy, QoSProfile, qos_profile_sensor_data
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Bool, String
@@ -26,8 +26,8 @@ from bridge.embodiment import Embodiment, differences
 from bridge.errors import RobotFault
 from bridge.pose import ACTION_NAMES
 from bridge.video import VideoWriter
+from robot.images import picture_of
 from robot.params import load_embodiment
-from robot.recorder_node import picture_of
 from robot.scene import CellScene, OperatorScene, Scene, SessionError
 from robot.up import Graph
 
@@ -80,7 +80,7 @@ class Session:
                 self.graph = self._exits.enter_context(Graph(self.config.launch_file, self._launch_args(), out))
             self._open_node()
             cell = self.config.cell_endpoint
-            self.scene = CellScene(cell, self.check) if cell else OperatorScene(self._hear_operator, self._marks)
+            self.scene = CellScene(cell, self.check) if cell else self._operator()
             self._exits.callback(self.scene.close)
             self._wait_until_ready()
             self._exits = self._exits.pop_all()
@@ -207,6 +207,11 @@ class Session:
         message = JointState(name=list(ACTION_NAMES), position=[0.0] * 6 + [1.0])
         message.header.stamp = self._newest_stamp
         self._teleop.publish(message)
+
+    def _operator(self) -> OperatorScene:
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        prompts = self.node.create_publisher(String, "operator/prompt", latched)  # the console shows them
+        return OperatorScene(self._hear_operator, self._marks, lambda text: prompts.publish(String(data=text)))
 
     def _hear_operator(self) -> None:
         self.check()

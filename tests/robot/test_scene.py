@@ -118,3 +118,10 @@ def test_a_mark_answers_the_question_that_enter_left_open(terminal):
     terminal.type("\n")
     assert scene.wants_end()
     assert scene.judge() is False
+
+
+def test_what_is_asked_is_told_and_taken_back_when_it_was_answered(terminal):
+    told = []
+    scene = OperatorScene(Patience(terminal, ["perhaps\n", "y\n"]), tell=told.append)
+    assert scene.judge() is True
+    assert told == ["was it a success? [y/n]", "", "was it a success? [y/n]", ""]
