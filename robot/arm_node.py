@@ -27,6 +27,8 @@ from robot import params
 from robot.arm import ArmDriver, Snapshot
 from robot.clock import RobotClock
 from robot.config import ArmConfig
+from robot.diagnostics import Diagnostics
+from robot.frames import Frames, transform
 from robot.safety import State, UnsafeAction
 from robot.spin import run_node
 
@@ -56,6 +58,8 @@ class ArmNode(Node):
         # Whoever joins late still hears the newest state.
         latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         self._safety_state = self.create_publisher(DiagnosticStatus, "safety_state", latched)
+        self._frames = Frames(self)
+        self.diagnostics = Diagnostics(self, lambda: [self._status(self.arm.snapshot())])
         self.create_subscription(JointState, "action", self._on_action, QoSProfile(depth=10))
         self.create_subscription(Bool, "deadman", lambda m: self.arm.hear_deadman(m.data), QoSProfile(depth=1))
         self.create_subscription(Empty, "heartbeat", lambda _: self.arm.hear_heartbeat(), QoSProfile(depth=1))
@@ -123,6 +127,7 @@ class ArmNode(Node):
             self._joints.position = [*sample.q_rad.tolist(), opening_m]
             self._joint_states.publish(self._joints)
             self._publish_pose(self._tcp_pose, sample.T_base_tcp, sample.stamp_ns)
+            self._frames.publish([transform("base", "tcp", sample.T_base_tcp, sample.stamp_ns)])
         if streamed is not None:
             self._publish_pose(self._target_pose, streamed.T_base_target, now_ns)
             self._publish_pose(self._requested_pose, streamed.T_base_requested, now_ns)

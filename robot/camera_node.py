@@ -8,6 +8,7 @@ import array
 import sys
 from typing import Any
 
+from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from omegaconf import OmegaConf
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
@@ -19,9 +20,12 @@ from bridge.embodiment import Camera
 from robot import params
 from robot.camera import CameraReader, Health, Picture
 from robot.config import CameraConfig
+from robot.diagnostics import Diagnostics
+from robot.frames import Frames, transform
 from robot.spin import NodeError, run_node
 
 QUEUE_LENGTH = 60  # pictures: a reader that is busy for two seconds loses none
+LEVELS = {"OK": DiagnosticStatus.OK, "STARTING": DiagnosticStatus.WARN}
 
 
 class CameraNode(Node):
@@ -36,6 +40,11 @@ class CameraNode(Node):
         self.readers = [self._reader(n, name) for n, name in enumerate(self.config.cameras)]
         if self._stand_in is not None:
             self._start_stand_in()
+        now_ns, cameras = self.get_clock().now().nanoseconds, self.embodiment.cameras
+        mounts = [transform(cameras[n].mount, frame_of(n), cameras[n].matrix, now_ns) for n in self.config.cameras]
+        self._frames = Frames(self, is_static=True)
+        self._frames.publish(mounts)
+        self.diagnostics = Diagnostics(self, lambda: [_status(reader) for reader in self.readers])
         self.create_timer(1.0, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     def close(self) -> None:
@@ -94,10 +103,9 @@ class PicturePublisher:
         qos = QoSProfile(depth=QUEUE_LENGTH)
         self._images = node.create_publisher(Image, f"{name}/image_raw", qos)
         self._infos = node.create_publisher(CameraInfo, f"{name}/camera_info", qos)
-        frame_id = f"{name}_optical_frame"
         self._image = Image(height=camera.height, width=camera.width, encoding="rgb8", step=3 * camera.width)
         self._info = camera_info(camera)
-        self._image.header.frame_id = self._info.header.frame_id = frame_id
+        self._image.header.frame_id = self._info.header.frame_id = frame_of(name)
 
     def publish(self, picture: Picture) -> None:
         # array.array is the one type that rclpy copies as a block; a list or bytes would be checked byte by byte.
@@ -110,6 +118,10 @@ class PicturePublisher:
         self._infos.publish(self._info)
 
 
+def frame_of(camera: str) -> str:
+    return f"{camera}_optical_frame"
+
+
 def camera_info(camera: Camera) -> CameraInfo:
     """The contract's calibration, without distortion."""
     K = camera.intrinsics
@@ -118,6 +130,14 @@ def camera_info(camera: Camera) -> CameraInfo:
     info.r = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     info.p = [camera.fx, 0.0, camera.cx, 0.0, 0.0, camera.fy, camera.cy, 0.0, 0.0, 0.0, 1.0, 0.0]
     return info
+
+
+def _status(reader: CameraReader) -> DiagnosticStatus:
+    health = reader.health
+    values = [KeyValue(key=key, value=str(value)) for key, value in vars(health).items()]
+    level = LEVELS.get(health.state, DiagnosticStatus.ERROR)
+    text, serial = f"{health.state}, {health.num_dropped} dropped", reader.serial
+    return DiagnosticStatus(level=level, name=reader.name, message=text, hardware_id=serial, values=values)
 
 
 def load_cell(name: str) -> Any:

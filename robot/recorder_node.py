@@ -33,6 +33,8 @@ from bridge.errors import BridgeError
 from bridge.keys import Keys
 from robot import params
 from robot.config import setting
+from robot.diagnostics import Diagnostics
+from robot.images import picture_of
 from robot.recorder import EpisodeRecorder, RecorderConfig
 from robot.spin import run_node
 
@@ -88,7 +90,8 @@ class RecorderNode(Node):
         self.create_service(Trigger, "discard_episode", self._on_discard)
         self._status = self.create_publisher(DiagnosticStatus, "recorder_status", QoSProfile(depth=10))
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=steady)
+        self.create_timer(STATUS_PERIOD_S, lambda: self._status.publish(self._figures()), clock=steady)
+        self.diagnostics = Diagnostics(self, lambda: [self._figures()])
         self._caught_up: tuple[Future, float] | None = None  # what `save_episode` waits for, and until when (steady s)
         self.create_timer(LOOK_PERIOD_S, self._look, clock=steady)
 
@@ -179,7 +182,7 @@ class RecorderNode(Node):
             response.success, response.message = False, str(error)
             self.get_logger().error(str(error))
 
-    def _publish_status(self) -> None:
+    def _figures(self) -> DiagnosticStatus:
         stats, broken = self.recorder.aligner.stats, self.recorder.broken
         values = {
             "recording": self.recorder.recording,
@@ -193,14 +196,7 @@ class RecorderNode(Node):
         pairs = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
         level = DiagnosticStatus.ERROR if broken else DiagnosticStatus.OK
         text = broken or ("recording" if self.recorder.recording else "waiting")
-        self._status.publish(DiagnosticStatus(level=level, name="recorder", message=text, values=pairs))
-
-
-def picture_of(message: Image) -> np.ndarray:
-    """uint8 [H, W, 3] without a copy. ValueError for another encoding than packed rgb8."""
-    if message.encoding != "rgb8" or message.step != 3 * message.width:
-        raise ValueError(f"picture in {message.encoding!r} with step {message.step}: expected packed rgb8")
-    return np.frombuffer(message.data, np.uint8).reshape(message.height, message.width, 3)
+        return DiagnosticStatus(level=level, name="recorder", message=text, values=pairs)
 
 
 def _stamp_ns(message: Any) -> int:

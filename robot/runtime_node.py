@@ -18,7 +18,6 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
-from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import Trigger
 
@@ -29,6 +28,8 @@ from bridge.policy_client import PolicyClient
 from robot import params
 from robot.clock import RobotClock
 from robot.config import RuntimeConfig
+from robot.diagnostics import Diagnostics
+from robot.images import picture_of_raw
 from robot.observer import Observer
 from robot.runtime import GridLoop, Runtime
 from robot.spin import run_node
@@ -42,7 +43,7 @@ class RuntimeNode(Node):
         self.embodiment = params.declare_embodiment(self)
         self.config = params.declare(self, RuntimeConfig, writable=("instruction",))
         self.clock = RobotClock(self)
-        self.observer = Observer(list(self.embodiment.cameras), round(self.config.max_age_s * 1e9), _decode)
+        self.observer = Observer(list(self.embodiment.cameras), round(self.config.max_age_s * 1e9), picture_of_raw)
         client = policy_client(self.config, self.embodiment)
         self.runtime = Runtime(
             self.config, self.embodiment, self.observer, client, self._publish_action, self.clock.now_ns
@@ -64,7 +65,9 @@ class RuntimeNode(Node):
         self.create_subscription(DiagnosticStatus, "safety_state", self._on_safety_state, newest)
         self.create_service(Trigger, "~/start", self._on_start)
         self.create_service(Trigger, "~/stop", self._on_stop)
-        self.create_timer(STATUS_PERIOD_S, self._publish_status, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        tell = lambda: self._status.publish(self._figures())  # noqa: E731
+        self.create_timer(STATUS_PERIOD_S, tell, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.diagnostics = Diagnostics(self, lambda: [self._figures()])
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self.loop.run, args=(self._closing,), name="runtime", daemon=True)
         self._thread.start()
@@ -124,16 +127,17 @@ class RuntimeNode(Node):
                 self.runtime.instruction = parameter.value or next(iter(self.embodiment.instructions), "")
         return SetParametersResult(successful=True)
 
-    def _publish_status(self) -> None:
+    def _figures(self) -> DiagnosticStatus:
         """`values`: state and reason of the last tick; figures since the last start, lists as JSON."""
         runtime, tick = self.runtime, self.runtime.last
         state = {"teleop": "TELEOP", "policy": "RUNNING", "hold": "HOLD" if runtime.started else "IDLE"}[tick.source]
         figures = {"state": state, "reason": tick.reason, "intervention": tick.source == "teleop"}
+        figures["instruction"] = runtime.instruction
         figures |= runtime.figures() | self.loop.figures()
         values = [KeyValue(key=k, value=v if isinstance(v, str) else json.dumps(v)) for k, v in figures.items()]
         level = DiagnosticStatus.WARN if state == "HOLD" else DiagnosticStatus.OK
         text = f"{state}: {tick.reason}" if tick.reason else state
-        self._status.publish(DiagnosticStatus(level=level, name="runtime", message=text, values=values))
+        return DiagnosticStatus(level=level, name="runtime", message=text, values=values)
 
 
 def policy_client(config: RuntimeConfig, embodiment: Embodiment) -> PolicyClient | None:
@@ -158,13 +162,6 @@ def _stamp_of(raw: bytes) -> int:
     """Stamp of a serialised message that begins with a header: CDR puts it after four bytes with the byte order."""
     sec, nanosec = struct.unpack_from("<iI" if raw[1] & 1 else ">iI", raw, 4)
     return sec * 1_000_000_000 + nanosec
-
-
-def _decode(raw: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] of a serialised Image."""
-    image = deserialize_message(raw, Image)
-    assert image.encoding == "rgb8", image.encoding
-    return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
 
 
 def main(argv: list[str] | None = None) -> int:
