@@ -9,12 +9,14 @@ A key is one component or several; a value is hardware ranks, `all` or numbers a
 `:` and the process ranks on them. Hardware ranks count GPUs through all nodes (without GPUs: CPU slots).
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 COMPONENTS = ("env", "rollout", "actor")
+LAUNCHERS = ("", "processes", "ray")
 
 
 @dataclass
@@ -24,10 +26,27 @@ class ClusterConfig:
     num_nodes: int = 1
     gpus_per_node: int = 0  # 0: those found here; a machine without GPUs counts as one slot
     component_placement: dict[str, Any] = field(default_factory=dict)
+    launcher: str = ""  # processes of this machine, or ray; empty: ray for several nodes or where RAY_ADDRESS is set
+    sharded: bool = False  # actors share weights that train, gradients and moments (FSDP2); else whole copies
+    offload: bool = False  # what waits for its turn leaves the GPU: whole moments, weights that only roll out
+    asynchronous: bool = False  # the next iteration is played while this one's update runs: samples one update old
 
     def __post_init__(self):
         if self.num_nodes < 1 or self.gpus_per_node < 0:
             raise ValueError(f"num_nodes {self.num_nodes}, gpus_per_node {self.gpus_per_node}: at least 1 and 0")
+        if self.launcher not in LAUNCHERS:
+            raise ValueError(f"launcher {self.launcher!r}: allowed are {', '.join(filter(None, LAUNCHERS))} or nothing")
+        if self.num_nodes > 1 and self.launcher == "processes":
+            raise ValueError(f"launcher processes reaches one machine, not num_nodes {self.num_nodes}: use ray")
+        asked = [name for name in ("sharded", "offload", "asynchronous") if getattr(self, name)]
+        if asked and not self.component_placement:
+            raise ValueError(f"cluster.{', cluster.'.join(asked)} need a cluster.component_placement")
+        if self.offload and self.asynchronous:
+            raise ValueError("cluster.offload and cluster.asynchronous: components that work at once wait for no turn")
+
+    @property
+    def on_ray(self) -> bool:
+        return self.launcher == "ray" or (not self.launcher and (self.num_nodes > 1 or "RAY_ADDRESS" in os.environ))
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,17 @@ SAMPLE_FIELDS = tuple(f.name for f in fields(Rollouts) if f.name != "episodes")
 
 def moved(value: Any, device: torch.device | str) -> Any:
     """Tensors of dataclasses and dicts, however deep, on `device`; everything else as it is."""
+    return mapped(value, lambda tensor: tensor.to(device))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Dataclasses and dicts, however deep, with `change` of their tensors, in the order of their fields."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+        return replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
     return value
 
 

@@ -32,6 +32,7 @@ from learner.film import Film, VideoConfig
 from learner.load import load_policy
 from learner.placement_map import ClusterConfig, Placement, parse, require_fit
 from learner.recipes import load_train, recipe_names
+from learner.remote import WorkerDied
 from learner.sft import default_data, terminate_as_interrupt
 from learner.trainer import Trainer, local_trainer
 from learner.update import AlgoConfig
@@ -110,6 +111,9 @@ def main(argv: list[str]) -> int:
     except (BridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except WorkerDied as error:
+        print(f"error: {error}; the same command goes on from the last saved state", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved state", file=sys.stderr)
         return 130
@@ -176,7 +180,8 @@ def open_trainer(config: TrainConfig, start: Path, embodiment: Embodiment) -> It
                 envs.append(stack.enter_context(contextlib.closing(env)))
             yield local_trainer(policy, envs, demos, config.algo, config.episodes, config.seed)
         return
-    from learner.placement import Job, placed_trainer
+    from learner.member import Job
+    from learner.placement import placed_trainer
 
     job = Job(
         make_policy=functools.partial(open_policy, config, start.resolve()),
@@ -188,6 +193,7 @@ def open_trainer(config: TrainConfig, start: Path, embodiment: Embodiment) -> It
         seed=config.seed,
         threads=config.threads,
         device=config.device,
+        cluster=config.cluster,
     )
     with placed_trainer(job, placement, config.episodes) as trainer:
         yield trainer

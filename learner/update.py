@@ -5,11 +5,12 @@
 The two terms share no activations, so their gradients are made one after the other and added: the sum's gradient is the
 sum of the gradients, and both are known apart at no further cost. Losses are sums with weights that add up to 1 over
 the batch, so micro-batches and ranks add up to the batch exactly. With several ranks (torch.distributed) each takes a
-part of every batch, gradients are summed, and all ranks make the same step.
+part of every batch, gradients are summed, and all ranks make the same step, each of all weights or of its shard of them
+(learner.sharding).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from learner.flow import LEVELS
 from learner.losses import actor_loss, critic_loss, level_log_prob, loss_ratio, per_sample
 from learner.policy import Policy, SftBatch
 from learner.rollouts import Rollouts
+from learner.sharding import is_sharded
+from learner.weight_sync import whole
 
 log = logging.getLogger(__name__)
 LOSS_RATIO_LIMIT = 1e5
@@ -130,6 +133,7 @@ class Updater:
     def __post_init__(self):
         self.beta = self.config.beta
         self.ranks = dist.get_world_size(self.group) if self.group else 1
+        self.is_sharded = is_sharded(self.policy)
 
     def update(self, rollouts: Rollouts, batches: list[Tensor]) -> dict[str, float]:
         """One step for each of this rank's `batches` (rows of `rollouts`); returns metrics, means over the steps."""
@@ -150,7 +154,10 @@ class Updater:
         weights = self._weights(rollouts, rows)
         with_sft = c.beta > 0 and self.demos is not None and not self.is_warming_up
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = self._reduced([self._backward_rl(rollouts, micro, weights) for micro in micro_batches])
+        last = len(micro_batches) - 1
+        metrics = self._reduced(
+            [self._backward_rl(rollouts, micro, weights, k == last) for k, micro in enumerate(micro_batches)]
+        )
         if with_sft and self._is_report_due():
             rl_gradient = self._take_gradients()
             metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), 1.0)
@@ -159,7 +166,7 @@ class Updater:
             if with_sft:
                 metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), self.beta)
             self._sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), c.clip_grad)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters(), c.clip_grad))
         if not torch.isfinite(norm):
             raise ValueError(f"optimiser step {self.steps}: gradient norm {norm.item()}, losses {metrics}")
         self.optimizer.step()
@@ -208,7 +215,10 @@ class Updater:
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
-    def _backward_rl(self, rollouts: Rollouts, rows: Tensor, weights: tuple[float, float]) -> dict[str, float]:
+    def _backward_rl(
+        self, rollouts: Rollouts, rows: Tensor, weights: tuple[float, float], is_last: bool
+    ) -> dict[str, float]:
+        self._expect_backward(is_last)
         loss, metrics = self.rl_loss(rollouts, rows, weights)
         loss.backward()
         return metrics
@@ -216,7 +226,8 @@ class Updater:
     def _backward_sft(self, micro_batches: int, weight: float) -> float:
         """Adds `weight` times the gradient of the SFT loss, a mean over micro-batches and ranks; returns the loss."""
         losses = []
-        for _ in range(micro_batches):
+        for k in range(micro_batches):
+            self._expect_backward(k == micro_batches - 1)
             loss = self.sft_loss() / (micro_batches * self.ranks)
             (weight * loss).backward()
             losses.append(loss.item())
@@ -239,8 +250,8 @@ class Updater:
         return dict(zip(sums, values.tolist(), strict=True))
 
     def _sum_gradients(self) -> None:
-        """Over the ranks. A parameter that no rank has a gradient of keeps none."""
-        if self.group is None:
+        """Over the ranks. A parameter that no rank has a gradient of keeps none. Those of shards are sums already."""
+        if self.group is None or self.is_sharded:
             return
         parameters = self._parameters()
         present = torch.tensor([float(p.grad is not None) for p in parameters])
@@ -266,23 +277,29 @@ class Updater:
         sft = self._take_gradients()
         of_policy = len(self.optimizer.param_groups[0]["params"])
         pairs = [(a, b) for a, b in zip(rl[:of_policy], sft[:of_policy], strict=True)]
-        rl_norm = sum(a.square().sum() for a, _ in pairs if a is not None) ** 0.5
-        sft_norm = sum(b.square().sum() for _, b in pairs if b is not None) ** 0.5
-        product = sum((a * b).sum() for a, b in pairs if a is not None and b is not None)
+        rl_norm = total(a.square().sum() for a, _ in pairs if a is not None) ** 0.5
+        sft_norm = total(b.square().sum() for _, b in pairs if b is not None) ** 0.5
+        product = total((a * b).sum() for a, b in pairs if a is not None and b is not None)
         share = self.config.sft_gradient_share
         if share is not None and rl_norm > 0 and sft_norm > 0:
-            wanted = float(share / (1 - share) * rl_norm / sft_norm)
+            wanted = share / (1 - share) * rl_norm / sft_norm
             # A single batch's norms are noisy: half the way there (in orders of magnitude), every time.
             self.beta = min((self.beta * wanted) ** 0.5, self.config.beta_max)
         for p, a, b in zip(self._parameters(), rl, sft, strict=True):
             p.grad = a if b is None else self.beta * b if a is None else a + self.beta * b
-        weighted = self.beta * float(sft_norm)
+        weighted = self.beta * sft_norm
         return {
-            "train/grad_norm_ppo": float(rl_norm),
+            "train/grad_norm_ppo": rl_norm,
             "train/grad_norm_sft": weighted,
-            "train/grad_share_sft": weighted / max(weighted + float(rl_norm), 1e-12),
-            "train/grad_cosine": float(product) / max(float(rl_norm) * float(sft_norm), 1e-12),
+            "train/grad_share_sft": weighted / max(weighted + rl_norm, 1e-12),
+            "train/grad_cosine": product / max(rl_norm * sft_norm, 1e-12),
         }
+
+    def _expect_backward(self, is_last: bool) -> None:
+        """Shards are gathered for the first of a term's micro-batches and summed over the ranks after its last."""
+        if self.is_sharded:
+            self.policy.set_requires_gradient_sync(is_last)
+            self.policy.set_reshard_after_backward(is_last)
 
     def _is_report_due(self) -> bool:
         """A beta that follows looks at every step."""
@@ -305,6 +322,12 @@ class Updater:
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def total(terms: Iterable[Tensor]) -> float:
+    """The sum of numbers, of which each rank may hold its part; 0 of none."""
+    terms = list(terms)
+    return float(whole(sum(terms[1:], terms[0]))) if terms else 0.0
 
 
 def summary(history: list[dict[str, float]]) -> dict[str, float]:

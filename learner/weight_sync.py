@@ -1,13 +1,12 @@
-"""Weights from the process that trains to those that roll out: only the tensors that changed, one broadcast each time.
+"""Weights from the process that trains to those that roll out: the tensors that were written since, and no others.
 
-Consumes the policy of rank 0 of `group`, produces the same weights in all others. Tensors travel through host memory.
+All begin with the same weights. Writes are found by autograd's version counters: optimisers, `copy_` and
+`load_state_dict` count, a write through `.data` does not.
 """
 
-from typing import Any
-
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from learner.exchange import Exchange
 
 
 def shared_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -15,42 +14,46 @@ def shared_tensors(policy: nn.Module) -> dict[str, Tensor]:
     parameters = dict(policy.named_parameters())
     return {
         name: tensor
-        for name, tensor in policy.state_dict().items()
+        for name, tensor in policy.state_dict(keep_vars=True).items()
         if name not in parameters or parameters[name].requires_grad
     }
 
 
-class WeightSender:
-    """Remembers what was sent. Everybody must begin with the weights that `policy` has now."""
+class WeightSource:
+    """Remembers what it told others of. Of a sharded policy every rank needs one, and all are called together."""
 
-    def __init__(self, policy: nn.Module, group: Any):
-        self.policy, self.group = policy, group
-        self.sent = {name: tensor.detach().cpu().clone() for name, tensor in shared_tensors(policy).items()}
+    def __init__(self, policy: nn.Module):
+        self.policy = policy
+        self.told = self._versions()
 
-    def send(self, version: int) -> int:
-        """Returns how many bytes of weights went out."""
-        now = {name: tensor.detach().cpu() for name, tensor in shared_tensors(self.policy).items()}
-        changed = {name: tensor for name, tensor in now.items() if not torch.equal(tensor, self.sent[name])}
-        dist.broadcast_object_list([version, list(changed)], src=0, group=self.group)
-        for dtype in sorted({tensor.dtype for tensor in changed.values()}, key=str):
-            tensors = [tensor for tensor in changed.values() if tensor.dtype == dtype]
-            dist.broadcast(torch.cat([tensor.flatten() for tensor in tensors]), src=0, group=self.group)
-        for name, tensor in changed.items():
-            self.sent[name].copy_(tensor)
-        return sum(tensor.nbytes for tensor in changed.values())
+    def changed(self, everything: bool = False) -> list[str]:
+        """Names of the tensors to send now; of all that training may ever have changed for one who begins anew."""
+        versions = self._versions()
+        names = [name for name, version in versions.items() if everything or version != self.told[name]]
+        self.told = versions
+        return names
+
+    def send(self, names: list[str], exchange: Exchange | None) -> int:
+        """Returns the bytes that each receiver got. Without an exchange it only helps to gather."""
+        ours, sent_bytes = shared_tensors(self.policy), 0
+        for name in names:
+            tensor = whole(ours[name])
+            if exchange:
+                sent_bytes += exchange.broadcast(tensor, exchange.seat).nbytes
+        return sent_bytes
+
+    def _versions(self) -> dict[str, int]:
+        return {name: tensor._version for name, tensor in shared_tensors(self.policy).items()}
 
 
-def receive(policy: nn.Module, group: Any) -> int:
-    """Puts what rank 0 sends into `policy`; returns its version."""
-    message: list[Any] = [None, None]
-    dist.broadcast_object_list(message, src=0, group=group)
-    version, names = message
+def receive(policy: nn.Module, names: list[str], exchange: Exchange, source: int = 0) -> None:
+    """Puts what `source` sends into `policy`."""
     ours = shared_tensors(policy)
-    for dtype in sorted({ours[name].dtype for name in names}, key=str):
-        tensors = [ours[name] for name in names if ours[name].dtype == dtype]
-        flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
-        dist.broadcast(flat, src=0, group=group)
-        with torch.no_grad():
-            for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
-    return version
+    for name in names:
+        ours[name].detach().copy_(exchange.broadcast(ours[name], source))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from its ranks, any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather().detach() if gather else tensor.detach()

@@ -1,19 +1,22 @@
-"""The placement grammar, and the same trainer in one process and on Ray."""
+"""The placement grammar, and the same trainer in one process, in several, and on Ray."""
 
 import functools
 import os
 import signal
-import socket
+import time
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from learner.placement_map import Process, described, parse, require_fit
-from learner.trainer import local_trainer
+from learner.exchange import Exchange
+from learner.member import Job
+from learner.placement import placed_trainer, seated
+from learner.placement_map import ClusterConfig, Process, described, parse, require_fit
+from learner.remote import WorkerDied
+from learner.trainer import divided, local_trainer
 from learner.update import AlgoConfig
-from learner.weight_sync import WeightSender, receive
+from learner.weight_sync import WeightSource, receive
 from tests.learner.test_ppo import SIZE, tiny_policy
 from tests.learner.toy_cell import ToyVectorEnv, tabletop
 
@@ -86,41 +89,18 @@ def make_env(num_envs, seed):
     return ToyVectorEnv(tabletop(), num_envs, max_steps=6, size=SIZE)
 
 
-class FragileEnv(ToyVectorEnv):
-    """Kills its own process in the second chunk of the first process that lives, as the kernel might."""
-
-    def step_chunk(self, actions, env_ids=None):
-        if not os.path.exists(self.mark) and self.steps.max() > 0:
-            open(self.mark, "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().step_chunk(actions, env_ids)
-
-
-def make_fragile(mark, num_envs, seed):
-    env = FragileEnv(tabletop(), num_envs, max_steps=6, size=SIZE)
-    env.mark = str(mark)
-    return env
-
-
 def no_demos(policy, rank, ranks):
     return None
 
 
-def job(make=make_env, stages=1, envs=2):
-    from learner.placement import Job
-
-    return Job(make_policy, make, no_demos, ALGO, envs, stages, 0, 1, "cpu")
+def job(make=make_env, stages=1, envs=2, policy=make_policy, **cluster):
+    cluster = ClusterConfig(component_placement={"env,rollout,actor": "all"}, **cluster)
+    return Job(policy, make, no_demos, ALGO, envs, stages, 0, 1, "cpu", cluster)
 
 
 def curve(trainer, iterations=2):
     metrics = [trainer.iterate() for _ in range(iterations)]
     return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in metrics]
-
-
-def placed(job, placement):
-    from learner.placement import placed_trainer
-
-    return placed_trainer(job, placement, 4)
 
 
 @pytest.fixture(scope="module")
@@ -129,51 +109,94 @@ def alone():
     return curve(trainer), trainer.state_dict()["worker"]["policy"]
 
 
-def test_without_ray_it_says_so(monkeypatch):
-    monkeypatch.setattr("learner.placement.ray", None)
-    with pytest.raises(ValueError, match="needs Ray"), placed(job(), parse({"env,rollout,actor": "all"}, 1, 1)):
-        pass
+COLLOCATED = parse({"env,rollout,actor": "all"}, 1, 1)
+APART = parse({"env": 0, "rollout": 1, "actor": 0}, 1, 2)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray = pytest.importorskip("ray")
-    from learner.placement import start_ray
-
-    start_ray()
-    yield
-    ray.shutdown()
+def test_a_rollout_worker_on_an_actors_gpu_is_the_same_process():
+    names = [seat.name for seat in seated(parse({"env": 0, "rollout": 1, "actor": "0-1"}, 1, 2), True)]
+    assert names == ["actor 0", "actor 1 and rollout 0"]
+    assert [s.name for s in seated(COLLOCATED, False)] == ["actor 0", "rollout 0"]
+    two = parse({"env": "0:0-1", "rollout": "0:0-1", "actor": 0}, 1, 1)
+    assert [s.name for s in seated(two, True)] == ["actor 0 and rollout 0", "rollout 1"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)  # Ray and three processes that import torch
-def test_on_ray_the_curve_is_that_of_one_process(cluster, alone):
-    with placed(job(), parse({"env,rollout,actor": "all"}, 1, 1)) as trainer:
-        ours = curve(trainer)
+def test_ranks_get_what_they_have_already():
+    rows, home = torch.tensor([5, 3, 0, 4, 1]), torch.tensor([0, 0, -1, 1, 0, 0])
+    parts = divided(rows, home, 2)
+    assert [part.tolist() for part in parts] == [[5, 0, 4], [3, 1]]  # rank 1 has only 3 of them; 1 must travel
+    assert divided(rows, home, 1)[0] is rows
+
+
+@pytest.mark.parametrize("placement", [COLLOCATED, APART], ids=["collocated", "apart"])
+def test_in_processes_the_curve_is_that_of_one(alone, placement):
+    with placed_trainer(job(), placement, 4) as trainer:
+        ours = [trainer.iterate() for _ in range(2)]
         weights = trainer.state_dict()["worker"]["policy"]
-    assert ours == alone[0]
+    for mine, other in zip(ours, alone[0], strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("time/")} == other
+        assert all(0 <= mine[f"time/{name}_idle_share"] < 1 for name in ("env", "rollout", "actor"))
     assert all(torch.equal(weights[name], value) for name, value in alone[1].items())
     assert ours[1]["rollout/weights_version"] == ours[0]["actor/optimizer_steps"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_placed_trainer_goes_on_after_an_interruption(cluster, alone):
-    placement = parse({"env,rollout,actor": "all"}, 1, 1)
-    with placed(job(), placement) as trainer:
+@pytest.mark.slow  # six processes, one after the other
+def test_a_placed_trainer_goes_on_after_an_interruption_though_placed_otherwise(alone):
+    with placed_trainer(job(offload=True), COLLOCATED, 4) as trainer:
         first = curve(trainer, 1)
         state = trainer.state_dict()
-    with placed(job(), placement) as trainer:
+    with placed_trainer(job(offload=True), APART, 4) as trainer:
         trainer.load_state_dict(state)
         assert first + curve(trainer, 1) == alone[0]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow  # four processes that import torch; tests/learner/test_sharding.py has the arithmetic
+def test_shards_make_the_curve_of_whole_copies_and_a_state_for_one_process(alone):
+    """Two actors, each with its half of every tensor that trains; then one process with all."""
+    placement = parse({"env": 0, "rollout": 0, "actor": "0-1"}, 1, 2)
+    with placed_trainer(job(sharded=True), placement, 4) as trainer:
+        ours = curve(trainer)
+        state, files = trainer.state_dict(), trainer.bundle()
+    for mine, other in zip(ours, alone[0], strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+    policy = make_policy("cpu")
+    resumed = local_trainer(policy, [make_env(2, 0)], None, ALGO, 4, 0)
+    resumed.load_state_dict(state)
+    for name, value in alone[1].items():
+        torch.testing.assert_close(policy.state_dict()[name], value, atol=1e-5, rtol=0)
+    assert files == resumed.bundle()
+
+
+def test_asynchronously_no_sample_is_older_than_one_update():
+    with placed_trainer(job(asynchronous=True), COLLOCATED, 4) as trainer:
+        ours = curve(trainer, 4)
+    versions = [metrics["rollout/weights_version"] for metrics in ours]
+    steps = [metrics["actor/optimizer_steps"] for metrics in ours]
+    assert versions == [0, 0, steps[0], steps[0] + steps[1]]
+    assert [m["rollout/staleness"] for m in ours] == [0, *steps[:3]]
+
+
+class FragileEnv(ToyVectorEnv):
+    """Kills its own process, or the one that owns it, in the second chunk of the first process that lives."""
+
+    def step_chunk(self, actions, env_ids=None):
+        if not os.path.exists(self.mark) and self.steps.max() > 0:
+            open(self.mark, "w").close()
+            os.kill(mp.parent_process().pid if self.kills_owner else os.getpid(), signal.SIGKILL)
+        return super().step_chunk(actions, env_ids)
+
+
+def make_fragile(mark, kills_owner, num_envs, seed):
+    env = FragileEnv(tabletop(), num_envs, max_steps=6, size=SIZE)
+    env.mark, env.kills_owner = str(mark), kills_owner
+    return env
+
+
 @pytest.mark.slow  # eight processes that each import torch
-def test_apart_with_two_of_each_and_an_env_process_that_dies(cluster, tmp_path):
+def test_two_of_each_with_an_env_process_that_dies(tmp_path):
     placement = parse({"env": "0-1:0-3", "rollout": "2-3", "actor": "0-1"}, 1, 4)
-    fragile = functools.partial(make_fragile, tmp_path / "died")
-    with placed(job(fragile, stages=2, envs=4), placement) as trainer:
+    fragile = functools.partial(make_fragile, tmp_path / "died", False)
+    with placed_trainer(job(fragile, stages=2, envs=4), placement, 4) as trainer:
         first = trainer.iterate()
         second = trainer.iterate()
         states = [state["policy"] for state in trainer.update_crew.call("state_dict", [(), ()])]
@@ -183,32 +206,100 @@ def test_apart_with_two_of_each_and_an_env_process_that_dies(cluster, tmp_path):
     assert second["rollout/weights_version"] > 0
 
 
-def test_weights_travel_where_they_changed(tmp_path):
+@pytest.mark.parametrize("others", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rollout_worker_costs_its_samples_and_nothing_more(tmp_path, caplog, others):
+    """With another worker the iteration goes on without it; alone, its successor plays the iteration again."""
+    placement = parse({"env": f"0:0-{others}", "rollout": f"1:0-{others}", "actor": 0}, 1, 2)
+    fragile = functools.partial(make_fragile, tmp_path / "died", True)
+    with placed_trainer(job(fragile, envs=2), placement, 4) as trainer:
+        first, second = trainer.iterate(), trainer.iterate()
+    assert (tmp_path / "died").exists()
+    told = [record.message for record in caplog.records]
+    dropped = [text for text in told if "died by signal 9: its" in text]
+    assert len(dropped) == 1
+    assert f"its {4 // (1 + others)} episodes of iteration 0 are dropped" in dropped[0]
+    assert first["env/num_trajectories"] == 4 // (1 + others)
+    assert second["env/num_trajectories"] == 4
+    assert second["rollout/weights_version"] == first["actor/optimizer_steps"]
+
+
+@pytest.mark.slow  # the other deaths run always
+def test_the_death_of_an_actor_ends_the_run(tmp_path):
+    fragile = functools.partial(make_fragile, tmp_path / "died", True)
+    with placed_trainer(job(fragile), COLLOCATED, 4) as trainer, pytest.raises(WorkerDied, match="actor 0 and rollout"):
+        trainer.iterate()
+
+
+def refused(device):
+    raise ValueError("no such checkpoint")
+
+
+def test_what_a_worker_raises_is_raised_here():
+    with (
+        pytest.raises(ValueError, match="no such checkpoint"),
+        placed_trainer(job(policy=refused), COLLOCATED, 4),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"sharded": True}, "cluster.sharded need a cluster.component_placement"),
+        ({"launcher": "slurm"}, "allowed are processes, ray"),
+        ({"launcher": "processes", "num_nodes": 2}, "reaches one machine"),
+        ({"offload": True, "asynchronous": True, "component_placement": {"env": 0}}, "wait for no turn"),
+    ],
+)
+def test_clusters_that_make_no_sense_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        ClusterConfig(**keys)
+
+
+def test_without_ray_it_says_so(monkeypatch):
+    monkeypatch.setattr("learner.placement.ray", None)
+    with pytest.raises(ValueError, match="need Ray"), placed_trainer(job(launcher="ray"), COLLOCATED, 4):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # Ray and three processes that import torch
+def test_on_ray_the_curve_is_that_of_one_process(alone):
+    ray = pytest.importorskip("ray")
+    with placed_trainer(job(launcher="ray"), APART, 4) as trainer:
+        assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
+        assert curve(trainer) == alone[0]
+
+
+def test_weights_travel_where_they_were_written(tmp_path):
     """Two processes by gloo: the receiver ends with the sender's weights, and only what changed was sent."""
     policy = make_policy("cpu")
     with torch.no_grad():
         policy.expert.action_out.bias += 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(synced, args=(port, str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(synced, args=(str(tmp_path),), nprocs=2, start_method="fork")
     sent_bytes = torch.load(tmp_path / "0.pt", weights_only=True)
-    version, weights = torch.load(tmp_path / "1.pt", weights_only=True)
-    assert sent_bytes == [policy.expert.action_out.bias.nbytes, 0]
-    assert version == 8
+    everything = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    everything += sum(buffer.nbytes for name, buffer in policy.named_buffers() if name in policy.state_dict())
+    assert sent_bytes == [policy.expert.action_out.bias.nbytes, 0, everything]
+    weights = torch.load(tmp_path / "1.pt", weights_only=True)
     assert all(torch.equal(weights[name], value) for name, value in policy.state_dict().items())
 
 
-def synced(rank, port, folder):
+def synced(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    policy = make_policy("cpu")
+    policy, exchange = make_policy("cpu"), Exchange(f"file:{folder}/meeting", "weights", rank, 2, "gloo")
     if rank == 0:
-        sender = WeightSender(policy, dist.group.WORLD)
+        source, sent = WeightSource(policy), []
         with torch.no_grad():
             policy.expert.action_out.bias += 1
-        torch.save([sender.send(7), sender.send(8)], f"{folder}/0.pt")
+        for names in (source.changed(), source.changed(), source.changed(everything=True)):
+            torch.save(names, f"{folder}/names-{len(sent)}.pt")
+            open(f"{folder}/ready-{len(sent)}", "w").close()
+            sent.append(source.send(names, exchange))
+        torch.save(sent, f"{folder}/0.pt")
     else:
-        receive(policy, dist.group.WORLD)
-        torch.save((receive(policy, dist.group.WORLD), policy.state_dict()), f"{folder}/1.pt")
-    dist.destroy_process_group()
+        for turn in range(3):
+            while not os.path.exists(f"{folder}/ready-{turn}"):
+                time.sleep(0.01)
+            receive(policy, torch.load(f"{folder}/names-{turn}.pt"), exchange)
+        torch.save(policy.state_dict(), f"{folder}/1.pt")
