@@ -22,14 +22,14 @@ def explain(config: Any) -> str:
     algo, lines = config.algo, []
     policy = openpi_config(config.policy)
     chunk = config.policy.get("num_action_chunks", policy.num_action_chunks if policy else 8)
-    samples = config.episodes * math.ceil(config.twin.max_steps / chunk)
+    samples = config.episodes * math.ceil(config.simulator.max_steps / chunk)
     steps = math.ceil(samples / algo.batch_size) * algo.update_epochs
     groups = f" in groups of {algo.group_size}" if algo.group_size > 1 else ""
     lines += [
-        f"algorithm          {algo.algorithm}, {algo.level}-level ratios, {config.simulator}",
+        f"algorithm          {algo.algorithm}, {algo.level}-level ratios, {config.libero.suite or config.twin.task}",
         f"iterations         {config.iterations}",
         f"episodes           {config.episodes} an iteration{groups}, in {config.envs} environments",
-        f"samples            at most {samples} an iteration ({config.twin.max_steps} steps, chunks of {chunk})",
+        f"samples            at most {samples} an iteration ({config.simulator.max_steps} steps, chunks of {chunk})",
         f"optimiser steps    at most {steps} an iteration ({algo.batch_size} samples, {algo.update_epochs} epochs)",
     ]
     if algo.beta:

@@ -16,10 +16,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from bridge.config import CONFIG_DIR, did_you_mean, leaf_keys, load
+from sim.libero.config import SUITES
 
 RECIPES = CONFIG_DIR / "recipe"
 SECTIONS = ("actor", "algorithm", "env", "rollout", "runner", "cluster")
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 OPENPI, PLACEMENT = "actor.model.openpi", "cluster.component_placement"
 
 # Older or second spellings of RLinf's own.
@@ -72,7 +72,6 @@ RENAMED = {
     f"{OPENPI}.ignore_last": "policy.flow.ignore_last",
     "rollout.pipeline_stage_num": "pipeline_stages",
     "env.train.total_num_envs": "envs",
-    "env.train.max_episode_steps": "twin.max_steps",
     "env.train.video_cfg.save_video": "video.save",
     "env.train.video_cfg.info_on_video": "video.info",
     "env.train.video_cfg.video_base_dir": "video.folder",
@@ -91,7 +90,7 @@ CHOICES: dict[str, tuple[str, dict[str, str]]] = {
     "algorithm.adv_type": ("algo.algorithm", {"gae": "ppo", "grpo": "grpo"}),
     "algorithm.loss_type": ("algo.algorithm", {"actor_critic": "ppo", "actor": "grpo"}),
     "algorithm.logprob_type": ("algo.level", {f"{level}_level": level for level in ("chunk", "action", "token")}),
-    "env.train.task_suite_name": ("simulator", {name: name for name in SUITES}),
+    "env.train.task_suite_name": ("libero.suite", {name: name for name in SUITES}),
 }
 
 # Done in one way here: the values that say so, and what to do about others.
@@ -140,7 +139,7 @@ COMBINED = (
     *("actor.optim.adam_beta1", "actor.optim.adam_beta2", "actor.model.is_lora", "actor.model.lora_rank"),
     *(f"{OPENPI}.{key}" for key in ("config_name", "pi05", "num_images_in_input", "noise_logvar_range")),
     *(f"{OPENPI}.{key}" for key in ("noise_anneal", "noise_params")),
-    *("env.train.init_params.id", "env.train.gs_scene"),
+    *("env.train.init_params.id", "env.train.gs_scene", "env.train.max_episode_steps"),
 )
 KNOWN = {*ALIASES, *RENAMED, *CHOICES, *FIXED, *COMBINED}
 Found = dict[str, tuple[Any, set[str]]]
@@ -240,6 +239,9 @@ def _combined(theirs: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
         if task not in TASKS:
             raise ValueError(f"env.train.init_params.id {task!r}: allowed are {', '.join(TASKS)}")
         out += [(key, value, "env.train.init_params.id") for key, value in TASKS[task].items()]
+    if (steps := "env.train.max_episode_steps") in theirs:
+        simulator = "libero" if "env.train.task_suite_name" in theirs else "twin"
+        out.append((f"{simulator}.max_steps", theirs[steps], steps))
     if "env.train.gs_scene" in theirs:
         out.append(("twin.splat.scene", theirs["env.train.gs_scene"], "env.train.gs_scene"))
     return out

@@ -17,10 +17,11 @@ from learner.policy import ObservationBatch, Policy, Sample
 
 
 class Views(Protocol):
-    """What n environments show: images uint8 [n, H, W, 3] for each camera, state float32 [n, 7]."""
+    """What n environments show: images uint8 [n, H, W, 3] for each camera, state float32 [n, 7], instruction [n]."""
 
     images: dict[str, np.ndarray]
     state: np.ndarray
+    instruction: list[str]
 
 
 class ChunkResult(Protocol):
@@ -190,12 +191,11 @@ def _play(
     env: VectorEnv, policy: Policy, seeds: list[int], generator: torch.Generator, bar: tqdm, watch: Watch | None
 ) -> Generator[None, None, tuple[list[_Query], list[Episode]]]:
     """One stage's episodes; yields while the environments are at work. An episode whose worker died begins again."""
-    instruction = policy.embodiment.instructions[0]
     left = list(enumerate(seeds))[::-1]
     active = list(range(min(env.num_envs, len(left))))
     at = {i: left.pop() for i in active}  # environment -> (episode, seed)
     views = env.reset([at[i][1] for i in active], active)
-    prepared = policy.prepare(observation_batch(views, instruction))
+    prepared = policy.prepare(observation_batch(views))
     steps: list[_Query] = []
     episodes: dict[int, Episode] = {}
     earned = np.zeros(env.num_envs)
@@ -207,7 +207,7 @@ def _play(
         yield
         result = env.recv()
         views = result.observation
-        prepared = policy.prepare(observation_batch(views, instruction))
+        prepared = policy.prepare(observation_batch(views))
         steps.append(_Query(active, [at[i][0] for i in active], sample, result, policy.value(prepared)))
         earned[active] += (result.reward * result.valid).sum(1)
         over = is_over(result)
@@ -225,7 +225,7 @@ def _play(
         parts = [prepared[torch.from_numpy(going_on)]] if len(going_on) else []
         if begun:
             at |= {i: left.pop() for i in begun}
-            parts.append(policy.prepare(observation_batch(env.reset([at[i][1] for i in begun], begun), instruction)))
+            parts.append(policy.prepare(observation_batch(env.reset([at[i][1] for i in begun], begun))))
         if parts:
             order = np.argsort([*kept, *begun])  # environments answer in ascending order
             prepared = type(prepared).concatenate(parts)[torch.from_numpy(order)]
@@ -271,7 +271,7 @@ def _rollouts(
     return rollouts if whole.all() else rollouts[whole.nonzero()[:, 0]]
 
 
-def observation_batch(views: Views, instruction: str) -> ObservationBatch:
+def observation_batch(views: Views) -> ObservationBatch:
     images = {name: torch.from_numpy(np.ascontiguousarray(pictures)) for name, pictures in views.images.items()}
     state = torch.from_numpy(np.ascontiguousarray(views.state, dtype=np.float32))
-    return ObservationBatch(images, state, [instruction] * len(state))
+    return ObservationBatch(images, state, views.instruction)

@@ -36,10 +36,9 @@ from learner.remote import WorkerDied
 from learner.sft import default_data, terminate_as_interrupt
 from learner.trainer import Trainer, local_trainer
 from learner.update import AlgoConfig
+from sim.libero.config import LiberoConfig
 from sim.twin.config import TwinConfig
 from sim.twin.vector_env import TwinVectorEnv
-
-SIMULATORS = ("twin", "libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
 @dataclass
@@ -61,7 +60,6 @@ class TrainConfig:
     noise_level: float | None = None  # exploration; None: the checkpoint's
     resume: bool = True
     pipeline_stages: int = 1  # groups of environments of a rollout worker; the policy thinks for one at a time
-    simulator: str = "twin"
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     policy: dict[str, Any] = field(default_factory=dict)  # keys of the checkpoint's policy config to change
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -69,12 +67,11 @@ class TrainConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     data: DataConfig = field(default_factory=DataConfig)  # of the SFT term; empty: the run's own data/stand_in
     twin: TwinConfig = field(default_factory=TwinConfig)
+    libero: LiberoConfig = field(default_factory=LiberoConfig)  # with a suite: in place of the twin
 
     def __post_init__(self):
         if min(self.iterations, self.episodes, self.save_every) < 1:
             raise ValueError("iterations, episodes and save_every must be at least 1")
-        if self.simulator not in SIMULATORS:
-            raise ValueError(f"simulator {self.simulator!r}: allowed are {', '.join(SIMULATORS)}")
         if self.pipeline_stages < 1 or self.envs % self.pipeline_stages:
             raise ValueError(f"envs {self.envs}: must be a multiple of pipeline_stages {self.pipeline_stages}")
         if self.episodes % self.algo.group_size:
@@ -83,6 +80,10 @@ class TrainConfig:
     @property
     def run(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def simulator(self) -> TwinConfig | LiberoConfig:
+        return self.libero if self.libero.suite else self.twin
 
     @property
     def placement(self) -> Placement | None:
@@ -124,11 +125,6 @@ def main(argv: list[str]) -> int:
 def train(config: TrainConfig) -> dict[str, Any]:
     """The whole stage; returns its figures."""
     started_s = time.monotonic()
-    if config.simulator != "twin":
-        raise ValueError(
-            f"simulator {config.simulator!r}: LIBERO is not wired up yet, so this configuration explains itself "
-            "(explain=true) but does not run; simulator=twin runs"
-        )
     start = Path(config.checkpoint) if config.checkpoint else latest_bundle(config.run / "checkpoints")
     if start is None:
         raise ValueError(f"{config.run / 'checkpoints'} holds no bundle to start from; run `cotwin sft` first")
@@ -176,7 +172,7 @@ def open_trainer(config: TrainConfig, start: Path, embodiment: Embodiment) -> It
             envs = []
             for stage in range(stages):
                 count, workers, seed = config.envs // stages, config.workers // stages, config.seed + stage
-                env = TwinVectorEnv(config.twin, embodiment, count, workers, seed, auto_reset=False)
+                env = TwinVectorEnv(config.simulator, embodiment, count, workers, seed, auto_reset=False)
                 envs.append(stack.enter_context(contextlib.closing(env)))
             yield local_trainer(policy, envs, demos, config.algo, config.episodes, config.seed)
         return
@@ -185,7 +181,7 @@ def open_trainer(config: TrainConfig, start: Path, embodiment: Embodiment) -> It
 
     job = Job(
         make_policy=functools.partial(open_policy, config, start.resolve()),
-        make_env=functools.partial(make_twins, config.twin, embodiment),
+        make_env=functools.partial(make_envs, config.simulator, embodiment),
         make_demos=functools.partial(open_demos, config),
         algo=config.algo,
         envs=config.envs,
@@ -199,9 +195,9 @@ def open_trainer(config: TrainConfig, start: Path, embodiment: Embodiment) -> It
         yield trainer
 
 
-def make_twins(twin: TwinConfig, embodiment: Embodiment, num_envs: int, seed: int) -> TwinVectorEnv:
-    """Twins in the calling process."""
-    return TwinVectorEnv(twin, embodiment, num_envs, 0, seed, auto_reset=False)
+def make_envs(simulator: TwinConfig | LiberoConfig, embodiment: Embodiment, num_envs: int, seed: int) -> TwinVectorEnv:
+    """Environments in the calling process."""
+    return TwinVectorEnv(simulator, embodiment, num_envs, 0, seed, auto_reset=False)
 
 
 def open_policy(config: TrainConfig, start: Path, device: str) -> Any:

@@ -20,7 +20,7 @@ MAX_ACCELERATION_M_S2 = 1.2
 SETTLE_S = 0.1  # for a measured pose that trails the target
 GRIPPER_TIMEOUT_S = 1.5
 GRIPPER_STILL_M_S = 0.004
-GRASP_MIN_OPENING_M = 0.01  # below it the fingers hold nothing
+GRASP_MIN_OPENING_M = 0.006  # below it the fingers hold nothing
 
 
 class PickPlaceExpert:

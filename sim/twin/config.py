@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from bridge.embodiment import Embodiment
 from sim.splat.config import SplatConfig
 
 TASKS = ("PutCubeOnPlate-v0", "PickPlaceTwin-v1")
@@ -82,3 +83,13 @@ class TwinConfig:
             raise ValueError(f"render {self.render!r} needs a scene folder: splat.scene=FOLDER (cotwin splat-scene)")
         self.splat = self.splat if not self.gs_kwargs else SplatConfig.from_gs_kwargs(self.splat.scene, self.gs_kwargs)
         self.gs_kwargs = {}
+
+    @property
+    def draws_splats(self) -> bool:
+        return self.render != "sapien"
+
+    def make(self, embodiment: Embodiment, stream: tuple[int, int] = (0, 0), render: bool = True) -> Any:
+        """One environment in this process: `sim.twin.worker.Twin`."""
+        from sim.twin.worker import Twin
+
+        return Twin(self, embodiment, stream, render)

@@ -1,4 +1,4 @@
-"""Many twins in a few processes, stepped by action chunks.
+"""Many twins, or LIBERO tasks, in a few processes, stepped by action chunks.
 
 Physics runs a whole chunk without a picture; each camera is drawn once, at the chunk's end, which is when a policy
 looks. Pictures come back through shared memory.
@@ -27,6 +27,7 @@ import numpy as np
 
 from bridge.embodiment import Embodiment
 from bridge.pose import ACTION_DIM
+from sim.libero.config import LiberoConfig
 from sim.twin.config import TwinConfig
 from sim.twin.splat_pictures import SplatPictures
 from sim.twin.worker import Setup, Twin, Worker, start
@@ -41,10 +42,11 @@ Answers = dict[int, dict[str, Any]]
 
 @dataclass
 class TwinObservation:
-    """images: uint8 [n, H, W, 3] for each camera; state: float32 [n, 7]."""
+    """images: uint8 [n, H, W, 3] for each camera; state: float32 [n, 7]; instruction: of each episode."""
 
     images: dict[str, np.ndarray]
     state: np.ndarray
+    instruction: list[str]
 
 
 @dataclass
@@ -88,7 +90,7 @@ class TwinVectorEnv:
 
     def __init__(
         self,
-        config: TwinConfig,
+        config: TwinConfig | LiberoConfig,
         embodiment: Embodiment,
         num_envs: int,
         num_workers: int,
@@ -103,9 +105,8 @@ class TwinVectorEnv:
         if num_envs < 1 or not 0 <= num_workers <= num_envs:
             raise ValueError(f"num_envs {num_envs}, num_workers {num_workers}: need 1 <= num_envs, workers <= envs")
         self.config, self.embodiment, self.num_envs = config, embodiment, num_envs
-        self.instruction = embodiment.instructions[0] if embodiment.instructions else ""
         self._group_size = group_size
-        self._splats = SplatPictures(config, embodiment) if render and config.render != "sapien" else None
+        self._splats = SplatPictures(config, embodiment) if render and config.draws_splats else None
         cameras = sorted(embodiment.cameras) if render and self._splats is None else []
         shares = np.array_split(np.arange(num_envs), max(num_workers, 1))
         shape = (2, num_envs, config.picture_height, config.picture_width, 3)
@@ -308,8 +309,9 @@ class TwinVectorEnv:
             last = {name: pictures.copy() for name, pictures in now.items()}
             for name, pictures in last.items():
                 pictures[over] = drawn[name][len(answers) :]
-        states = (np.stack([answer[key] for answer in answers]) for key in ("state", "final_state"))
-        return TwinObservation(now, next(states)), TwinObservation(last, next(states))
+        state, final_state = (np.stack([answer[key] for answer in answers]) for key in ("state", "final_state"))
+        said, final_said = ([answer[key] for answer in answers] for key in ("instruction", "final_instruction"))
+        return TwinObservation(now, state, said), TwinObservation(last, final_state, final_said)
 
 
 def _lost(num_actions: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""One twin, and the process that serves a few of them."""
+"""One environment, an episode at a time, and the process that serves a few of them."""
 
 import multiprocessing as mp
 import os
 import signal
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,40 +20,46 @@ from sim.twin.config import TwinConfig
 from sim.twin.splat_pictures import SplatPictures, View
 
 
-class Twin:
-    """One environment, an episode at a time, in this process. Importing ManiSkill for the first one takes seconds.
+class Episodes(ABC):
+    """One environment, an episode at a time, in this process.
 
-    `facts` (`sim.twin.scene.Facts`) is the privileged truth after the last step, `seed` the episode's, `steps` how
-    many were made, `ended` whether it is over. `stream` seeds the episodes that are begun without a seed; `episode`
-    is the number of the last of these.
+    `facts` is the privileged truth after the last step, with `success`; `seed` the episode's, `steps` how many were
+    made, `ended` whether it is over. `stream` seeds the episodes that are begun without a seed; `episode` is the number
+    of the last of these.
     """
 
-    def __init__(self, config: TwinConfig, embodiment: Embodiment, stream: Sequence[int] = (0, 0), render: bool = True):
-        """Raises ValueError for a splat scene that binds bodies that the task lacks."""
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's CPU renderer: parallel by processes, not by threads
-        import gymnasium as gym
-        import torch
+    max_steps: int  # of an episode
+    instruction: str  # of the episode
+    facts: Any
 
-        import sim.twin.pick_place
-        import sim.twin.put_cube  # noqa: F401  registers the tasks
-
-        self.config, self.embodiment, self.render = config, embodiment, render
-        self._splats: SplatPictures | None = None  # made when somebody asks for a picture
-        self.sapien_draws = render and config.render != "splat"
-        shown = (
-            {"obs_mode": "rgb", "render_backend": "gpu" if torch.cuda.is_available() else "cpu"}
-            if self.sapien_draws
-            else {"obs_mode": "state", "render_backend": "none"}
-        )
-        made = gym.make(config.task, num_envs=1, sim_backend="physx_cpu", twin=config, embodiment=embodiment, **shown)
-        self.env: Any = made.unwrapped
-        self._bound: tuple[list[str], list[str]] = ([], [])
-        if render and config.render != "sapien":
-            self._bind(Path(config.splat.scene))
+    def __init__(self, stream: Sequence[int]):
         self._stream, self.episode = list(stream), -1
         self.seed, self.steps, self.ended = -1, 0, True
-        self.facts: Any = None
+
+    @abstractmethod
+    def begin(self, seed: int) -> None:
+        """Put everything where the episode of `seed` starts, `facts` included."""
+
+    @abstractmethod
+    def move(self, action: np.ndarray) -> None:
+        """A policy step that counts for nothing: float64 [7]. Afterwards `facts` are new."""
+
+    @abstractmethod
+    def pictures(self) -> dict[str, np.ndarray]:
+        """uint8 [H, W, 3] for each camera; empty without rendering."""
+
+    @property
+    @abstractmethod
+    def state(self) -> np.ndarray:
+        """The observation's `state`, float32 [7] in the contract's units."""
+
+    def reward(self) -> float:
+        """Of the last step; an episode ends with success, so this is paid once."""
+        return float(self.facts.success)
+
+    def view(self) -> Any:
+        """What somebody else draws pictures of now from; None where `pictures` are drawn here."""
+        return None
 
     def reset(self, seed: int | None = None, episode: int | None = None) -> None:
         """Begin the episode of `seed`; or of this environment's stream number `episode`, or the next."""
@@ -60,22 +67,21 @@ class Twin:
             self.episode = self.episode + 1 if episode is None else episode
             seed = int(np.random.default_rng([*self._stream, self.episode]).integers(2**31))
         self.seed = int(seed)
-        self.env.begin(self.seed)
-        self.facts, self.steps, self.ended = self.env.facts(), 0, False
+        self.begin(self.seed)
+        self.steps, self.ended = 0, False
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """Reward, terminated, truncated of one policy step."""
         assert not self.ended, "step after the end of an episode"
-        self.facts = self.env.policy_step(np.asarray(action, dtype=np.float64))
+        self.move(np.asarray(action, dtype=np.float64))
         self.steps += 1
-        reward = self.env.dense_reward(self.facts) if self.config.reward == "dense" else float(self.facts.success)
-        truncated = not self.facts.success and self.steps >= self.config.max_steps
+        truncated = not self.facts.success and self.steps >= self.max_steps
         self.ended = self.facts.success or truncated
-        return reward, self.facts.success, truncated
+        return self.reward(), self.facts.success, truncated
 
     def step_chunk(self, actions: np.ndarray, frames: list[Any] | None = None) -> dict[str, np.ndarray]:
         """Run actions [C, 7] until they or the episode end. Arrays [C], see ChunkResult. `frames` collects after each
-        step the first camera's picture, or a view where splats are drawn."""
+        step the first camera's picture, or a view where somebody else draws."""
         num = len(actions)
         out = {"reward": np.zeros(num, np.float32)}
         out |= {key: np.zeros(num, bool) for key in ("terminated", "truncated", "valid")}
@@ -85,20 +91,65 @@ class Twin:
             out["valid"][index] = True
             out["reward"][index], out["terminated"][index], out["truncated"][index] = self.step(action)
             if frames is not None:
-                frames.append(next(iter(self.pictures().values())) if self.config.render == "sapien" else self.view())
+                view = self.view()
+                frames.append(next(iter(self.pictures().values())) if view is None else view)
         return out
 
+
+class Twin(Episodes):
+    """The twin: `facts` are `sim.twin.scene.Facts`. Importing ManiSkill for the first one takes seconds."""
+
+    def __init__(self, config: TwinConfig, embodiment: Embodiment, stream: Sequence[int] = (0, 0), render: bool = True):
+        """Raises ValueError for a splat scene that binds bodies that the task lacks."""
+        super().__init__(stream)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's CPU renderer: parallel by processes, not by threads
+        import gymnasium as gym
+
+        import sim.twin.pick_place
+        import sim.twin.put_cube  # noqa: F401  registers the tasks
+
+        self.config, self.embodiment, self.render = config, embodiment, render
+        self.max_steps = config.max_steps
+        self.instruction = next(iter(embodiment.instructions), "")
+        self._splats: SplatPictures | None = None  # made when somebody asks for a picture
+        self.sapien_draws = render and config.render != "splat"
+        shown = (
+            {"obs_mode": "rgb", "render_backend": "cpu"}
+            if self.sapien_draws
+            else {"obs_mode": "state", "render_backend": "none"}
+        )
+        made = gym.make(config.task, num_envs=1, sim_backend="physx_cpu", twin=config, embodiment=embodiment, **shown)
+        self.env: Any = made.unwrapped
+        self._bound: tuple[list[str], list[str]] = ([], [])
+        if render and config.draws_splats:
+            self._bind(Path(config.splat.scene))
+
+    def begin(self, seed: int) -> None:
+        self.env.begin(seed)
+        self.facts = self.env.facts()
+
+    def move(self, action: np.ndarray) -> None:
+        self.facts = self.env.policy_step(action)
+
+    def reward(self) -> float:
+        return self.env.dense_reward(self.facts) if self.config.reward == "dense" else super().reward()
+
     def pictures(self) -> dict[str, np.ndarray]:
-        """uint8 [H, W, 3] for each camera; empty without rendering."""
-        if not self.render or self.config.render == "sapien":
+        if not self.render or not self.config.draws_splats:
             return self.env.pictures() if self.render else {}
         if self._splats is None:
             self._splats = SplatPictures(self.config, self.embodiment)
         return {name: pictures[0] for name, pictures in self._splats.draw([self.view()]).items()}
 
-    def view(self) -> View:
-        """What a picture of now is made from, where splats are drawn."""
+    def view(self) -> View | None:
+        if not self.render or not self.config.draws_splats:
+            return None
         return self.env.view(*self._bound, with_rgb=self.sapien_draws)
+
+    @property
+    def state(self) -> np.ndarray:
+        return self.env.state(self.facts)
 
     def _bind(self, scene: Path) -> None:
         links, actors, has_fixed = carriers(scene)
@@ -109,17 +160,12 @@ class Twin:
         if self.sapien_draws:  # what the scene holds is not drawn twice
             self.env.hide(links, actors + ["table"] * has_fixed)
 
-    @property
-    def state(self) -> np.ndarray:
-        """The observation's `state`, float32 [7]."""
-        return self.env.state(self.facts)
-
 
 @dataclass(frozen=True)
 class Setup:
     """What a worker needs to build its environments and to find its place in the shared pictures."""
 
-    config: TwinConfig
+    config: Any  # with `make`: TwinConfig, sim.libero.config.LiberoConfig
     embodiment: Embodiment
     env_ids: tuple[int, ...]
     num_envs: int
@@ -128,7 +174,7 @@ class Setup:
     begun: tuple[int, ...]  # episodes of their streams that the environments have begun already
     auto_reset: bool
     render: bool
-    memory: dict[str, str]  # camera -> name of the shared memory of SAPIEN's pictures, see `picture_shape`
+    memory: dict[str, str]  # camera -> name of the shared memory of pictures that are drawn here, see `picture_shape`
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
@@ -146,7 +192,7 @@ class Worker:
             name: np.ndarray(setup.picture_shape, np.uint8, memory.buf) for name, memory in self._memory.items()
         }
         self.twins = {
-            env: Twin(setup.config, setup.embodiment, (setup.seed, env // setup.group_size), setup.render)
+            env: setup.config.make(setup.embodiment, (setup.seed, env // setup.group_size), setup.render)
             for env in setup.env_ids
         }
         for twin, begun in zip(self.twins.values(), setup.begun, strict=True):
@@ -160,20 +206,20 @@ class Worker:
     def _reset(self, env: int, start: tuple[int | None, int | None]) -> dict[str, Any]:
         twin = self.twins[env]
         twin.reset(*start)
-        now = {"state": twin.state, "final_state": twin.state, "seeds": twin.seed, "episode": twin.episode}
-        view = self._look(env, final=False)
-        return now | {"view": view, "final_view": view}
+        now = {"state": twin.state, "instruction": twin.instruction, "view": self._look(env, final=False)}
+        last = {f"final_{key}": value for key, value in now.items()}
+        return now | last | {"seeds": twin.seed, "episode": twin.episode}
 
     def _step(self, env: int, actions: np.ndarray) -> dict[str, Any]:
         twin = self.twins[env]
         out: dict[str, Any] = dict(twin.step_chunk(actions, self._frames if env == self._watched else None))
         out |= {"success": twin.facts.success, "episode_len": twin.steps, "seeds": twin.seed, "lost": False}
-        out["final_state"] = out["state"] = twin.state
-        out["final_view"] = out["view"] = self._look(env, final=True)
+        now = {"state": twin.state, "instruction": twin.instruction, "view": self._look(env, final=True)}
+        out |= now | {f"final_{key}": value for key, value in now.items()}
         out["episode"] = twin.episode
         if twin.ended and self.setup.auto_reset:
             fresh = self._reset(env, (None, None))
-            out |= {key: fresh[key] for key in ("state", "view", "episode")}
+            out |= {key: fresh[key] for key in ("state", "instruction", "view", "episode")}
         else:
             for pictures in self._pictures.values():
                 pictures[0, env] = pictures[1, env]
@@ -191,9 +237,9 @@ class Worker:
         return {"frames": taken if env == self._watched else []}
 
     def _look(self, env: int, final: bool) -> Any:
-        """SAPIEN's pictures go to the shared memory; where splats are drawn, the owner draws them from a view."""
-        if self.setup.render and self.setup.config.render != "sapien":
-            return self.twins[env].view()
+        """Pictures go to the shared memory; where splats are drawn, the owner draws them from a view."""
+        if (view := self.twins[env].view()) is not None:
+            return view
         for name, picture in self.twins[env].pictures().items():
             self._pictures[name][int(final), env] = picture
         return None

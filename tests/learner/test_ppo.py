@@ -284,9 +284,11 @@ def test_ppo_earns_more():
 
 def test_evaluation_gives_every_seed_one_episode():
     env = ToyVectorEnv(tabletop(), 3, max_steps=9, size=SIZE)
-    episodes, frames = run_episodes(env, tiny_policy(), range(100, 107), record=True)
-    assert [episode.seed for episode in episodes] == list(range(100, 107))
-    assert {episode.length for episode in episodes} == {9}
+    frames = []
+    trials = list(run_episodes(env, tiny_policy(), range(100, 107), frames))
+    assert sorted(trial["seed"] for trial in trials) == list(range(100, 107))
+    assert {trial["steps"] for trial in trials} == {9}
+    assert {trial["instruction"] for trial in trials} == set(tabletop().instructions)
     assert len(frames) == 3
     assert frames[0].shape == (SIZE[0], 2 * SIZE[1], 3)
 

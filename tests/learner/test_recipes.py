@@ -40,11 +40,13 @@ def test_every_recipe_composes_and_explains_itself(name):
     assert config.name == name
     text = explain(config)
     assert (
-        f"at most {config.episodes * config.twin.max_steps // config.policy['num_action_chunks']} an iteration" in text
+        f"at most {config.episodes * config.simulator.max_steps // config.policy['num_action_chunks']} an iteration"
+        in text
     )
     assert config.algo.algorithm == ("grpo" if "grpo" in name else "ppo")
     assert config.policy["model"]["variant"] == ("pi05" if name.endswith("pi05") else "pi0")
-    assert config.simulator == ("twin" if "libero" not in name else "_".join(name.split("_")[:2]))
+    assert config.libero.suite == ("" if "libero" not in name else "_".join(name.split("_")[:2]))
+    assert config.libero.convention == ("libero" if "libero" in name else "contract")
     for component in ("env 0", "rollout 0", "actor 0"):
         assert component in text
 
@@ -117,11 +119,6 @@ def test_nonsense_is_refused(argv, words):
         explain(loaded(*argv))
 
 
-def test_libero_says_that_it_does_not_run(capsys):
-    assert main(["config=libero_goal_ppo_openpi", "device=cpu"]) == 1
-    assert "LIBERO is not wired up yet" in capsys.readouterr().err
-
-
 def test_every_key_is_read():
     """Of our configuration: somewhere outside its definition. Of RLinf's: it becomes one of ours or is checked."""
     sources = {p: p.read_text() for folder in ("learner", "sim/twin") for p in Path(folder).rglob("*.py")}
@@ -158,7 +155,7 @@ def test_every_recipe_trains_two_tiny_steps(name, folder, tmp_path, monkeypatch)
     small = [
         f"config={name}",
         f"runs_dir={tmp_path}",
-        "simulator=twin",
+        "libero.suite=''",
         "device=cpu",
         "threads=1",
         "envs=2",

@@ -159,11 +159,6 @@ def test_stage_two_keeps_videos_and_changes_the_checkpoints_policy_where_asked(f
         train(dataclasses.replace(config, policy={"num_chunks": 3}, resume=False))
 
 
-def test_a_simulator_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="LIBERO is not wired up"):
-        train(TrainConfig(simulator="libero_spatial"))
-
-
 def test_stage_two_without_a_checkpoint_says_what_to_do(tmp_path, toy):
     with pytest.raises(ValueError, match="run `cotwin sft` first"):
         train(train_config(tmp_path))
@@ -179,3 +174,31 @@ def test_evaluation_leaves_trials_an_interval_and_a_video(folder, toy):
     assert [json.loads(line)["seed"] for line in lines] == [40, 41, 42]
     stage = json.loads((folder / "run/stages/twin_eval_before.json").read_text())
     assert (folder / "run" / stage["files"]["video"]).stat().st_size > 0
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing(folder, toy, monkeypatch):
+    config = TwinEvalConfig(runs_dir=str(folder), name="run", stage="long_eval", episodes=3, envs=1, workers=1)
+    config.twin.max_steps = 6
+    play = twin_eval.run_episodes
+
+    def interrupted(*args):
+        for number, trial in enumerate(play(*args)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield trial | {"success": number == 0, "instruction": f"task {number}"}
+
+    monkeypatch.setattr(twin_eval, "run_episodes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    monkeypatch.setattr(twin_eval, "run_episodes", play)
+    assert not (folder / "run/eval/long_eval.jsonl").exists()
+    other = dataclasses.replace(config, twin=dataclasses.replace(config.twin, max_steps=7))
+    with pytest.raises(ValueError, match=r"max_steps.*resume=false"):
+        evaluate(other)
+    figures = evaluate(config)
+    assert (figures["successes"], figures["trials"]) == (1, 3)
+    assert figures["task: task 0"] == "1 of 1 (21% to 100%)"
+    assert figures["task: task 1"] == "0 of 1 (0% to 79%)"
+    lines = [json.loads(line) for line in (folder / "run/eval/long_eval.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1, 2]
+    assert not (folder / "run/eval/long_eval.partial").exists()

@@ -119,6 +119,7 @@ class Views:
     images: dict[str, np.ndarray]
     state: np.ndarray
     instruction: list[str]
+    instruction: list[str]
 
 
 @dataclass
