@@ -1,4 +1,4 @@
-"""Write what the nodes of a robot say into an MCAP file, which Foxglove, PlotJuggler and `ros2 bag` open.
+"""Write what the nodes of a robot say into an MCAP file, for Foxglove, PlotJuggler or any other reader of the format.
 
 Every topic of the namespace, `/diagnostics` and `/rosout`; pictures as JPEG on `<camera>/image_raw/compressed`. A file
 whose writer was killed lacks its index and at most the last second: Foxglove reads it, `mcap recover` makes it whole.

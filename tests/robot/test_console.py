@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ from websockets.sync.client import connect
 from robot.frames import TFMessage
 from robot.launch_file import ROOT
 from robot.params import load_embodiment
+from robot.session import Session, SessionConfig
 from robot.up import Graph
 from tests.robot.cell import loopback
 from tests.robot.session_file import read_session
@@ -127,18 +129,32 @@ def test_what_was_cut_is_shown_and_pictures_go_on(probe, page):
     probe.wait(lambda: page.get_attribute("#camera-wrist img", "src") != before, "a picture of the motion")
 
 
-def test_prompts_are_shown_and_answered_by_keys(probe, page):
-    prompts, marks = probe.node.create_publisher(String, "operator/prompt", LATCHED), []
+def test_an_evaluation_asks_on_the_page_and_is_answered_by_keys(probe, page, tmp_path, monkeypatch):
+    """A session at a real cell, where a person sets the scene and judges; its terminal stays silent."""
+    monkeypatch.setattr(sys, "stdin", os.fdopen(os.pipe()[0]))
+    config, verdicts, marks = SessionConfig(launch_file="", cell_endpoint=""), [], []
     probe.node.create_subscription(String, "teleop/mark", lambda m: marks.append(m.data), 10)
-    prompts.publish(String(data="was it a success? [y/n]"))
-    probe.wait(lambda: text(page, "#prompt") == "was it a success? [y/n]", "the question")
-    page.keyboard.press("y")
+
+    def evaluate():
+        with Session(config, load_embodiment("fr3_tabletop"), "evaluate", [], {}, tmp_path / "log") as session:
+            session.scene.reset(7)
+            session.wait(session.scene.wants_end, 30.0, "the mark")
+            verdicts.append(session.scene.judge())
+            verdicts.append(session.scene.judge())
+
+    thread = threading.Thread(target=evaluate, daemon=True)
+    thread.start()
+    probe.wait(lambda: "set up scene 7" in text(page, "#prompt"), "the scene")
+    page.keyboard.press("s")
+    probe.wait(lambda: not page.is_visible("#prompt"), "the trial")
+    page.click("#marks button:has-text('failure')")
+    probe.wait(lambda: text(page, "#prompt") == "was it a success? [y/n]", "the second question")
     page.keyboard.press("Control+x")  # the browser's own
-    page.click("#marks button:has-text('undo')")
-    probe.wait(lambda: len(marks) >= 2, "the marks")
-    assert marks == ["success", "undo"]
-    prompts.publish(String())
-    probe.wait(lambda: not page.is_visible("#prompt"), "the question's end")
+    page.keyboard.press("y")
+    probe.wait(lambda: not thread.is_alive(), "the verdict")
+    assert verdicts == [False, True]
+    probe.wait(lambda: len(marks) == 3, "all marks")
+    assert marks == ["start", "failure", "success"]
 
 
 def test_strangers_reach_nothing(probe, url):
@@ -238,7 +254,7 @@ def test_a_killed_session_log_is_whole_up_to_its_last_second(probe, sessions):
     )
     states = {pair.value for m in by_topic["/safety_state"] for pair in m.content().values if pair.key == "state"}
     assert {"IDLE", "RUNNING", "HOLD", "FAULT"} <= states
-    assert by_topic["/teleop/mark"][0].content().data == "success"
+    assert by_topic["/teleop/mark"][0].content().data == "start"
     picture = by_topic["/wrist/image_raw/compressed"][-1].content()
     assert picture.format == "jpeg"
     gaps_s = np.diff([stamp(m.content()) for m in by_topic["/joint_states"]])

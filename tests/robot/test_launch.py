@@ -248,3 +248,21 @@ def test_two_arms_have_namespaces_of_their_own():
         assert f"__ns:=/{side}" in there[f"{side}/arm_node"]
         assert f'host:="{host}"' in there[f"{side}/arm_node"]
         assert f'dataset_root:="/d/{side[0]}"' in there[f"{side}/recorder_node"]
+
+
+def test_whoever_looks_on_is_started_on_demand_and_ends_nothing():
+    args = {"host": "10.0.0.2", "serials": "['1','2']", "console": "true", "mcap": "true", "mcap_folder": "/m"}
+    watchers = processes("launch/robot.launch.yaml", args)[3:]
+    assert [process.name for process in watchers] == ["console", "session_log"]
+    assert all(process.respawn for process in watchers)
+    assert watchers[0].command[-2:] == ["namespace=", "port=8091"]
+    two = processes(
+        "launch/two_arms.launch.yaml", {"left_host": "a", "right_host": "b", "console": "true", "mcap": "true"}
+    )
+    found = {process.name: process.command[-2:] for process in two if process.respawn}
+    assert found == {
+        "left/console": ["namespace=left", "port=8091"],
+        "right/console": ["namespace=right", "port=8092"],
+        "left/session_log": ["namespace=left", "folder=runs/sessions"],
+        "right/session_log": ["namespace=right", "folder=runs/sessions"],
+    }

@@ -1,8 +1,10 @@
 """Two real-time graphs on one computer, each against an emulated FR3 of its own: what moves one leaves the other."""
 
 import io
+import json
 import os
 import random
+import re
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
+from websockets.sync.client import connect
 
 from bridge.pose import ACTION_NAMES
 from robot.up import Graph
@@ -23,13 +26,24 @@ from tests.robot.cell import running_cell
 PATIENCE_S = 60.0
 
 
+def page_of(side: str, output: str) -> str:
+    """The socket behind the address that a console printed."""
+    url = re.search(rf"\[{side}/console\] open (\S+)", output)[1]
+    return url.replace("http", "ws").replace("/?", "/socket?")
+
+
+def news(page):
+    page.send('{"next": true}')
+    return json.loads(page.recv(10.0))
+
+
 @pytest.mark.timeout(180)
 def test_an_action_for_one_arm_leaves_the_other_where_it_is():
     domain = random.randint(1, 100)
     os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(domain), "LOCALHOST"
     with running_cell() as left, running_cell() as right:
         args = {"left_host": left.address, "right_host": right.address, "left_cameras": "false"}
-        args |= {"right_cameras": "false"}
+        args |= {"right_cameras": "false", "console": "true", "left_port": "0", "right_port": "0"}
         context = rclpy.Context()
         rclpy.init(context=context, domain_id=domain, signal_handler_options=SignalHandlerOptions.NO)
         node = Node("probe", context=context, enable_rosout=False)
@@ -75,6 +89,17 @@ def test_an_action_for_one_arm_leaves_the_other_where_it_is():
 
             wait(moved, "motion")
             assert np.allclose(targets["right"], before["right"], atol=1e-3)
+            assert states["right"] == "IDLE"
+            with connect(page_of("left", graph._out.getvalue())) as page:
+                wait(lambda: len(news(page)["health"]) == 2, "diagnostics")
+                shown = news(page)
+                assert {part["name"] for part in shown["health"]} == {
+                    "left/arm_node: arm",
+                    "left/runtime_node: runtime",
+                }
+                page.send('{"call": "stop"}')
+                wait(lambda: states["left"] == "FAULT", "the stop")
+            executor.spin_once(timeout_sec=0.5)
             assert states["right"] == "IDLE"
         executor.remove_node(node)
         node.destroy_node()
