@@ -21,6 +21,7 @@ import numpy as np
 from bridge import pose
 from bridge.embodiment import Embodiment
 from bridge.episode import EpisodeWriter
+from robot.config import setting
 from robot.track import Track, hold, linear
 
 TRACKS = ("tcp_pose", "target_pose", "requested_pose", "opening", "gripper")
@@ -35,15 +36,15 @@ class RecordingBroken(RuntimeError):
 class RecorderConfig:
     """How pictures and samples are matched."""
 
-    fps: int = field(default=30, metadata={"about": "rate of the row camera (Hz)"})
-    row_camera: str = field(default="third_person", metadata={"about": "camera whose every picture is a row"})
-    nearest_share: float = field(
-        default=0.75, metadata={"about": "other cameras: largest distance of a matching picture, in frame periods"}
+    fps: int = setting(30, "rate of the row camera (Hz)", (1, 120))
+    row_camera: str = setting("third_person", "camera whose every picture is a row")
+    nearest_share: float = setting(
+        0.75, "other cameras: largest distance of a matching picture, in frame periods", (0.1, 2.0)
     )
-    max_wait_s: float = field(default=1.5, metadata={"about": "how long a row waits for another camera's picture (s)"})
-    max_gap_s: float = field(default=0.5, metadata={"about": "longer without a picture breaks the episode (s)"})
-    max_lag_s: float = field(default=2.0, metadata={"about": "a pose stream later than this breaks the episode (s)"})
-    max_backlog_frames: int = field(default=150, metadata={"about": "pictures the encoders may be behind"})
+    max_wait_s: float = setting(1.5, "how long a row waits for another camera's picture (s)", (0.01, 30.0))
+    max_gap_s: float = setting(0.5, "longer without a picture breaks the episode (s)", (0.01, 30.0))
+    max_lag_s: float = setting(2.0, "a pose stream later than this breaks the episode (s)", (0.02, 60.0))
+    max_backlog_frames: int = setting(150, "pictures the encoders may be behind", (1, 10_000))
 
     def __post_init__(self):
         if not 0 < self.max_wait_s < self.max_lag_s:

@@ -9,6 +9,7 @@ from rclpy.parameter import Parameter
 
 from robot import params
 from robot.config import ArmConfig, CameraConfig, RuntimeConfig
+from robot.recorder_node import RecorderNodeConfig
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,16 @@ def test_fields_become_parameters_with_description_range_and_type(node_with):
     assert node.describe_parameter("limits.keep_out_m").type == ParameterType.PARAMETER_DOUBLE_ARRAY
 
 
-@pytest.mark.parametrize("schema", [ArmConfig, CameraConfig, RuntimeConfig])
-def test_every_setting_is_described(node_with, schema):
+@pytest.mark.parametrize("schema", [ArmConfig, CameraConfig, RuntimeConfig, RecorderNodeConfig])
+def test_every_setting_is_described_and_every_number_has_a_range(node_with, schema):
     node = node_with()
     params.declare(node, schema)
     for name in node._parameters:
         if name not in ("use_sim_time", "start_type_description_service"):
-            assert node.describe_parameter(name).description, name
+            about = node.describe_parameter(name)
+            assert about.description, name
+            if about.type in (ParameterType.PARAMETER_INTEGER, ParameterType.PARAMETER_DOUBLE):
+                assert about.integer_range or about.floating_point_range, name
 
 
 def test_given_values_reach_the_dataclass(node_with):
