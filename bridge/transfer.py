@@ -4,13 +4,10 @@ A manifest lists for each file its size, SHA-256 and blocks `[size, hash]` in or
 safetensors file, or a piece of at most BLOCK_BYTES. `BlockSource` hands out blocks of finished folders, `Assembly`
 fills a folder with them. An assembly keeps no journal: after a kill it hashes what lies there and asks for the rest.
 
-A block's hash is `b3-` and its BLAKE3 where that library is installed (five times faster, so that a delivery is bound
-by link and disk), else its SHA-256; the name tells which, and folders of both kinds mix.
+A block's hash is `b3-` and its BLAKE3: five times faster than SHA-256, so that a delivery is bound by link and disk.
 """
 
-import functools
 import hashlib
-import importlib
 import itertools
 import json
 import logging
@@ -19,11 +16,13 @@ import mmap
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from bridge import durable
 from bridge.errors import CorruptData
@@ -36,7 +35,7 @@ MAX_BLOCKS = 500_000
 MAX_TRIES = 3  # of a block that arrives damaged
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")  # flat and visible: a manifest cannot leave its folder
 SHA256 = re.compile(r"[0-9a-f]{64}")
-BLOCK_HASH = re.compile(r"(b3-)?[0-9a-f]{64}")
+BLOCK_HASH = re.compile(r"b3-[0-9a-f]{64}")
 SYNC_BYTES = 64 * 1024 * 1024  # written blocks are brought to the disk while the next ones arrive
 
 
@@ -59,24 +58,9 @@ class Place:
     size: int
 
 
-def block_hash(data: Any, like: str | None = None) -> str:
-    """The name of a block, by the function that made the name `like` (None: by the best that is here).
-
-    Raises ValueError when that is BLAKE3 and it is not installed."""
-    blake3 = None if like is not None and not like.startswith("b3-") else _blake3()
-    if blake3 is not None:
-        return "b3-" + blake3(data).hexdigest()
-    if like is not None and like.startswith("b3-"):
-        raise ValueError("these blocks are named by BLAKE3, which is not installed: pip install blake3")
-    return hashlib.sha256(data).hexdigest()
-
-
-@functools.cache
-def _blake3() -> Callable[[Any], Any] | None:
-    try:
-        return importlib.import_module("blake3").blake3
-    except ImportError:
-        return None
+def block_hash(data: Any) -> str:
+    """The name of a block."""
+    return "b3-" + blake3(data).hexdigest()
 
 
 def describe(path: Path) -> FileEntry:
@@ -111,7 +95,7 @@ def read_files(manifest: bytes, max_bytes: int) -> dict[str, FileEntry]:
             raise CorruptData(f"{name}: a block of {max(sizes[1:])} bytes; allowed are {BLOCK_BYTES}")
         hashes = [(SHA256, entry.sha256), *((BLOCK_HASH, sha) for _, sha in entry.blocks)]
         if not all(isinstance(sha, str) and pattern.fullmatch(sha) for pattern, sha in hashes):
-            raise CorruptData(f"{name}: a hash is not 64 hex digits")
+            raise CorruptData(f"{name}: a hash is not 64 hex digits, with b3- before a block's")
     if (total := sum(entry.size for entry in files.values())) > max_bytes:
         raise CorruptData(f"a folder of {total} bytes; allowed are {max_bytes}")
     return files
@@ -251,7 +235,7 @@ class Assembly:
             os.fsync(descriptor)
 
     def _check_and_write(self, sha: str, data: Any) -> bool:
-        if block_hash(data, sha) != sha:
+        if block_hash(data) != sha:
             return False
         self._write(sha, data)
         return True
@@ -301,7 +285,7 @@ class Assembly:
         for sha, where in self._places.items():
             if all(place.name in there and self._lies_here(sha, place) for place in where):
                 self.bytes_here += sum(place.size for place in where)
-            elif local is not None and (data := local.get(sha)) and block_hash(data, sha) == sha:
+            elif local is not None and (data := local.get(sha)) and block_hash(data) == sha:
                 self._write(sha, data)
                 self._note(sha, good=True)
                 self.bytes_local += len(data)
@@ -310,7 +294,7 @@ class Assembly:
 
     def _lies_here(self, sha: str, place: Place) -> bool:
         data = os.pread(self._files[place.name], place.size, place.offset)
-        return block_hash(data, sha) == sha
+        return block_hash(data) == sha
 
     def _write(self, sha: str, data: Any) -> None:
         for place in self._places[sha]:
