@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bridge.config import command_line
+from bridge.pictures import area_resize
 from sim.scan import photos as photo_set
 from sim.scan.gaussians import Gaussians, draw
 from sim.scan.photos import Photo
@@ -69,19 +70,26 @@ class View:
     """One photograph on the device: `rgb` [H, W, 3] uint8, `mask` [H, W] or None, and its camera."""
 
     def __init__(self, photo: Photo, segments: tuple[str, ...], shrink: int, device: str):
-        pixels, mask = torch.from_numpy(photo.pixels()), photo.mask()
         self.height, self.width = photo.height // shrink, photo.width // shrink
-        rows, columns = self.height * shrink, self.width * shrink
-        blocks = pixels[:rows, :columns].float().unflatten(0, (-1, shrink)).unflatten(2, (-1, shrink))
-        self.rgb = blocks.mean(dim=(1, 3)).round().to(torch.uint8).to(device)
-        self.mask = None if mask is None else torch.from_numpy(mask[:rows:shrink, :columns:shrink].copy()).to(device)
-        K = torch.from_numpy(photo.K).float()
-        K[:2, 2] += 0.5  # from pixel centres at integers to pixel centres at half-integers
-        K[:2] /= shrink
-        self.K = K.to(device)
+        mask = photo.mask()
+        self.rgb = torch.from_numpy(area_resize(photo.pixels()[None], (self.height, self.width))[0]).to(device)
+        if mask is not None:
+            mask = torch.from_numpy(mask[::shrink, ::shrink][: self.height, : self.width].copy()).to(device)
+        self.mask = mask
+        self.K = smaller(photo, shrink, half_px=0.5).float().to(device)
         T = np.stack([photo.bodies.get(name, np.eye(4)) for name in segments])
         T_cam_world = invert_rigid(torch.from_numpy(photo.T_world_cam))
         self.T_cam_segment = (T_cam_world @ torch.from_numpy(T)).float().to(device)
+
+
+def smaller(photo: Photo, shrink: int, half_px: float = 0.0) -> Tensor:
+    """K of the photograph made smaller, float64 [3, 3]; the centre of the first pixel is at (half_px, half_px)."""
+    K = torch.from_numpy(photo.K).clone()
+    K[:2, 2] += 0.5  # the corner of the first pixel keeps its ray
+    K[0] *= (photo.width // shrink) / photo.width
+    K[1] *= (photo.height // shrink) / photo.height
+    K[:2, 2] += half_px - 0.5
+    return K
 
 
 def fit(config: FitConfig) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def _train(config: FitConfig, gaussians: Gaussians, views: list[View], checkpoin
     order = np.random.default_rng([config.seed, step])
     began_s = saved_s = time.monotonic()
     seconds = before_s
-    with tqdm(total=config.steps, initial=step, unit="step", desc="fit") as bar:
+    with tqdm(total=config.steps, initial=step, unit="step", desc="fit", mininterval=1.0) as bar:
         while step < config.steps and (not config.max_s or seconds < config.max_s):
             share = max(step / config.steps, seconds / config.max_s if config.max_s else 0.0)
             gaussians.set_progress(share)
@@ -248,12 +256,8 @@ def score(scene: SplatScene, held_out: list[Photo], device: str, shrink: int = 1
 def picture(scene: SplatScene, photo: Photo, device: str, shrink: int = 1) -> Tensor:
     """The scene as the photograph's camera sees it, by the renderer that the twin uses: uint8 [H, W, 3]."""
     bodies = {name: torch.from_numpy(T)[None] for name, T in photo.bodies.items()}
-    K = torch.from_numpy(photo.K).clone()
-    K[:2, 2] = (K[:2, 2] + 0.5) / shrink - 0.5
-    K[0, 0], K[1, 1] = K[0, 0] / shrink, K[1, 1] / shrink
-    cameras = Cameras(
-        K[None, None], torch.from_numpy(photo.T_world_cam)[None, None], photo.width // shrink, photo.height // shrink
-    )
+    K, T_world_cam = smaller(photo, shrink), torch.from_numpy(photo.T_world_cam)
+    cameras = Cameras(K[None, None], T_world_cam[None, None], photo.width // shrink, photo.height // shrink)
     T, background = scene.poses(bodies, bodies), scene.background.to(device)
     return to_uint8(render(scene.cloud.to(device), T, cameras, background=background).rgb)[0, 0]
 

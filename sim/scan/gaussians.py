@@ -105,6 +105,16 @@ def split(opacity: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
     return one.to(opacity), (opacity / terms.sum(dim=1)).to(opacity)
 
 
+def into_camera(cloud: GaussianCloud, T_cam_segment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means [G, 3] and quaternions [G, 4] in the camera's frame, and colours [G, 3] as it sees them."""
+    R, t = T_cam_segment[:, :3, :3], T_cam_segment[:, :3, 3]
+    eye = -(R.mT @ t[:, :, None])[..., 0][cloud.segment_ids]
+    direction = torch.nn.functional.normalize(cloud.means_m - eye, dim=-1)
+    quats = multiply_wxyz(quat_wxyz_from_matrix(R)[cloud.segment_ids], cloud.quats_wxyz)
+    means = (R[cloud.segment_ids] @ cloud.means_m[:, :, None])[..., 0] + t[cloud.segment_ids]
+    return means, quats, colours(cloud.sh, direction)
+
+
 def draw(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     """One picture that gradients flow through: rgb [H, W, 3] over black and alpha [H, W].
 
@@ -115,14 +125,8 @@ def draw(cloud: GaussianCloud, T_cam_segment: Tensor, K: Tensor, width: int, hei
         return reference.blend(seen, seen.colours, width, height)
     import gsplat  # compiles its kernels on first use
 
-    R, t = T_cam_segment[:, :3, :3], T_cam_segment[:, :3, 3]
-    eye = -(R.mT @ t[:, :, None])[..., 0][cloud.segment_ids]
-    direction = torch.nn.functional.normalize(cloud.means_m - eye, dim=-1)
-    quats = multiply_wxyz(quat_wxyz_from_matrix(R)[cloud.segment_ids], cloud.quats_wxyz)
-    means = (R[cloud.segment_ids] @ cloud.means_m[:, :, None])[..., 0] + t[cloud.segment_ids]
-    view = torch.eye(4, device=cloud.device)[None]
+    means, quats, rgb = into_camera(cloud, T_cam_segment)
+    camera = torch.eye(4, device=cloud.device)[None], K[None], width, height
     shapes = means, quats, cloud.log_scales.exp(), cloud.opacities
-    rgb, alpha, _ = gsplat.rasterization(
-        *shapes, colours(cloud.sh, direction), view, K[None], width, height, packed=False
-    )
-    return rgb[0], alpha[0, :, :, 0]
+    picture, alpha, _ = gsplat.rasterization(*shapes, rgb, *camera, packed=False)
+    return picture[0], alpha[0, :, :, 0]

@@ -17,7 +17,6 @@ from sim.stand_in.world import World
 from sim.twin.config import TwinConfig
 
 HAND_HELD = "hand_held"
-NEAR_M = 0.02  # fingers are seen from 10 cm
 HAND_CAMERA = Camera(width=640, height=480, fx=604.0, fy=604.0, cx=319.5, cy=239.5)
 
 
@@ -29,9 +28,7 @@ class StandInPhotographer:
         self.cameras = cameras
         held = Embodiment.from_dict(embodiment.to_dict() | {"cameras": {n: vars(c) for n, c in cameras.items()}})
         self._world = World(cell, held)
-        model = self._world.model
-        model.vis.map.znear = NEAR_M / model.stat.extent  # MuJoCo counts it in sizes of the model
-        self._maker = PictureMaker(model)
+        self._maker = PictureMaker(self._world.model)
         self._links = Links()
         self.reset(seed)
 
