@@ -12,7 +12,8 @@ setup:
 demo: setup
 	@.venv/bin/cotwin demo $(ARGS)
 
-test: setup
+test:
+	@.ci/setup test
 	@.venv/bin/python -m pytest $(ARGS)
 
 check: setup
