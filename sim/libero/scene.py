@@ -40,6 +40,8 @@ def open_packages(folder: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's CPU renderer: parallel by processes, not by threads
     os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")  # robosuite would look for a number there
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
 
@@ -140,11 +142,17 @@ class LiberoScene:
     def pictures(self, cameras: Iterable[str]) -> dict[str, np.ndarray]:
         """uint8 [H, W, 3], turned by 180 degrees as all who train on LIBERO do; so they are mirror images."""
         size, sim = (self.config.picture_width, self.config.picture_height), self._env.sim
-        sim._render_context_offscreen.gl_ctx.make_current()  # a process may have several scenes
+        self._make_current()
         return {name: sim.render(*size, camera_name=CAMERAS[name])[::-1, ::-1] for name in cameras}
 
     def close(self) -> None:
+        self._make_current()
         self._control.close()
+
+    def _make_current(self) -> None:
+        """A process may have several scenes, and OpenGL draws and frees what is of the current one."""
+        if context := self._env.sim._render_context_offscreen:
+            context.gl_ctx.make_current()
 
     def _drive(self, command: np.ndarray) -> None:
         """A policy period under robosuite's controller: its own `step`, less the observations."""

@@ -22,6 +22,8 @@ class LiberoTask(Episodes):
     """`facts` are `sim.libero.scene.Facts`. Environments of one process share their scenes: an episode takes an idle
     one of its task, and only where there is none is one built."""
 
+    scene: LiberoScene | None = None
+
     def __init__(
         self, config: LiberoConfig, embodiment: Embodiment, stream: Sequence[int] = (0, 0), render: bool = True
     ):
@@ -39,7 +41,9 @@ class LiberoTask(Episodes):
         open_packages(config.packages)
         self.config, self.embodiment, self.render = config, embodiment, render
         self.max_steps = config.max_steps
-        self.scene: LiberoScene | None = None
+
+    def __del__(self) -> None:
+        self._give_back()
 
     @property
     def env(self) -> LiberoScene:
@@ -65,17 +69,23 @@ class LiberoTask(Episodes):
         """Of 8 numbers with `convention: libero`."""
         return self.env.state(self.facts)
 
-    def _take(self, task: int) -> None:
-        """Give the last episode's scene back, and get one of `task`."""
-        if self.scene is not None:
+    def _give_back(self) -> None:
+        """A scene is never left to the garbage collector, which would free another one's pictures."""
+        if self.scene is not None and _idle is not None:
             _idle.setdefault(self._key, []).append(self.scene)
+            self.scene = None
+
+    def _take(self, task: int) -> None:
+        self._give_back()
         self._key = f"{self.config} {self.embodiment} {task} {self.render}"
-        idle = _idle.get(self._key, [])
-        self.scene = idle.pop() if idle else None
-        if self.scene is None:
-            while sum(map(len, _idle.values())) >= self.config.scenes:
-                oldest = next(iter(_idle))
-                _idle[oldest].pop().close()
-                if not _idle[oldest]:
-                    del _idle[oldest]
-            self.scene = LiberoScene(self.config, self.embodiment, task, self.render)
+        if idle := _idle.pop(self._key, []):
+            self.scene = idle.pop()
+            if idle:
+                _idle[self._key] = idle
+            return
+        while sum(map(len, _idle.values())) >= self.config.scenes:  # those of the task that was left longest ago
+            oldest = next(iter(_idle))
+            _idle[oldest].pop().close()
+            if not _idle[oldest]:
+                del _idle[oldest]
+        self.scene = LiberoScene(self.config, self.embodiment, task, self.render)

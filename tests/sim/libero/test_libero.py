@@ -1,0 +1,120 @@
+"""LIBERO in processes of its own: starts, success, pictures and actions as it has them, behind the vector interface."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from bridge.config import CONFIG_DIR
+from bridge.embodiment import Embodiment
+from sim.libero.config import SUITES, LiberoConfig
+from sim.libero.scene import open_packages
+from sim.libero.task import LiberoTask, start_of
+from sim.twin.vector_env import TwinVectorEnv
+
+EMBODIMENT = Embodiment.from_dict(yaml.safe_load((CONFIG_DIR / "embodiment/libero.yaml").read_text()))
+installed = pytest.mark.skipif(not Path(".libero").is_dir(), reason="LIBERO is not installed (docs/libero.md)")
+
+
+def asked(suite: str, tasks: str) -> list[dict]:
+    command = [sys.executable, "-m", "tests.sim.libero.scripts", suite, tasks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_seeds_are_starts():
+    starts = [start_of(seed) for seed in range(500)]
+    assert sorted(starts) == [(task, trial) for task in range(10) for trial in range(50)]
+    assert {task for task, _ in starts[40:50]} == set(range(10))
+    assert start_of(512) == start_of(12) == (2, 1)
+
+
+def test_what_a_user_can_get_wrong_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"suite 'libero_90': allowed are libero_spatial"):
+        LiberoConfig(suite="libero_90")
+    with pytest.raises(ValueError, match="convention 'openpi'"):
+        LiberoConfig(suite="libero_goal", convention="openpi")
+    with pytest.raises(ValueError, match="settle_steps -1"):
+        LiberoConfig(settle_steps=-1)
+    assert [LiberoConfig(suite=suite).max_steps for suite in SUITES] == [240, 240, 320, 480]
+    assert LiberoConfig(suite="libero_10", max_steps=512).max_steps == 512
+    with pytest.raises(ValueError, match=r"uv pip install .* --target .* -r sim/libero/requirements.txt"):
+        open_packages(str(tmp_path))
+    with pytest.raises(ValueError, match="embodiment=libero"):
+        LiberoTask(LiberoConfig(suite="libero_goal"), Embodiment())
+    with pytest.raises(ValueError, match="suite is empty"):
+        LiberoTask(LiberoConfig(), EMBODIMENT)
+
+
+@installed
+def test_another_mujoco_in_the_process_is_named():
+    import mujoco  # noqa: F401  the stand-in cell's
+
+    with pytest.raises(ValueError, match="workers=1"):
+        LiberoTask(LiberoConfig(suite="libero_goal"), EMBODIMENT)
+
+
+@installed
+def test_many_in_a_process_and_each_says_its_task():
+    config = LiberoConfig(suite="libero_spatial", max_steps=6, picture_width=64, picture_height=48)
+    with TwinVectorEnv(config, EMBODIMENT, 2, 1, auto_reset=False) as env:
+        first = env.reset([0, 10])  # two trials of one task
+        assert first.images["wrist"].shape == (2, 48, 64, 3)
+        assert first.state.shape == (2, 7)
+        assert len(set(first.instruction)) == 1
+        assert not np.array_equal(first.state[0], first.state[1])
+        actions = np.zeros((2, 4, 7), np.float32)
+        actions[:, :, 0], actions[:, :, 6] = 0.01, -1.0
+        result = env.step_chunk(actions)
+        moved = [poses["T_base_target"][:3, 3] for poses in env.info_poses()]
+        assert (result.reward == 0).all()
+        assert result.valid.all()
+        before = first.state[:, 0]
+        assert np.allclose([m[0] for m in moved], before + 0.04, atol=1e-5)  # deltas count from the target
+        assert (result.observation.state[:, 0] > before + 0.005).all()
+        assert (result.observation.state[:, 6] < first.state[:, 6] - 0.01).all()  # -1 closes
+        last = env.step_chunk(actions)
+        assert last.truncated.any(1).all()
+        assert last.valid.sum(1).tolist() == [2, 2]
+        assert np.array_equal(env.reset([10], [0]).images["third_person"][0], first.images["third_person"][1])
+
+
+@installed
+def test_liberos_own_numbers():
+    """In one process: the same physics, state and pictures as LIBERO's own environment, bit for bit; cameras where the
+    contract says; the same seed the same, whatever was before."""
+    found = asked("libero_spatial", "details")[0]
+    assert found["repeated"] == [False, True]
+    assert found["own"]["qpos"] == 0.0
+    assert found["own"]["state"] < 1e-6  # float32
+    assert found["own"]["pictures"] == [True, True]
+    for u, v, u_foreseen, v_foreseen in found["cameras"].values():
+        assert abs(u - u_foreseen) < 1.5
+        assert abs(v - v_foreseen) < 1.5
+    check(found["tried"])
+    assert found["tried"]["shape"] == [[128, 128, 3]] * 2
+
+
+def check(found: dict) -> None:
+    """No success while nothing happens; one pulse when the goal holds, and the episode's end with it."""
+    assert found["idle"] == [0.0, False], found
+    assert found["success"], found
+    assert found["rewards"] == 1.0, found
+    assert found["steps"] < 90, found
+    assert min(found["contrast"].values()) > 10, found
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_task_of_every_suite(suite):
+    found = asked(suite, ",".join(map(str, range(10))))
+    assert len({one["task"] for one in found}) == 10
+    for one in found:
+        check(one)
