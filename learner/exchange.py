@@ -3,7 +3,6 @@
 A group is formed anew, under another name, when a process was replaced.
 """
 
-import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -34,8 +33,6 @@ class Exchange:
         store = dist.PrefixStore(f"exchange/{name}", open_store(meeting))
         self.seat = seat
         if backend == "nccl":
-            # NVLink multicast hangs some hosts' fabric managers and gains nothing at these sizes.
-            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = PATIENCE
             self.group: Any = dist.ProcessGroupNCCL(store, seat, seats, options)

@@ -46,7 +46,12 @@ def explain(config: Any) -> str:
     placement = config.placement
     if placement is None:
         return "\n".join([*lines, f"placement          one process on {config.device}"])
-    return "\n".join([*lines, "placement", *(f"  {line}" for line in described(placement, config.device == "cuda"))])
+    cluster, actors = config.cluster, len(placement["actor"])
+    copies = f"weights that train in {actors} shards" if cluster.sharded else "whole copies of the weights"
+    how = [copies, "on Ray" if cluster.on_ray else "processes of this machine"]
+    how += [name for name in ("asynchronous", "offload") if getattr(cluster, name)]
+    lines.append(f"placement          {', '.join(how)}")
+    return "\n".join([*lines, *(f"  {line}" for line in described(placement, cluster, config.device == "cuda"))])
 
 
 def openpi_config(changes: dict[str, Any]) -> Pi0Config | None:

@@ -7,15 +7,14 @@ process trains on go there directly (learner.exchange).
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from learner.exchange import Exchange, Pantry, Parcel, open_store
-from learner.film import Film
 from learner.pi0.graphs import Graphed
-from learner.placement_map import ClusterConfig, Process
+from learner.placement_map import ClusterConfig, Process, Seat
 from learner.remote import Handle, Launcher
 from learner.remote_envs import EnvProcess, RemoteEnvs
 from learner.rollouts import Rollouts, VectorEnv
@@ -23,6 +22,9 @@ from learner.sharding import shard
 from learner.trainer import RolloutWorker, UpdateWorker
 from learner.update import AlgoConfig
 from learner.weight_sync import WeightSource, receive
+
+if TYPE_CHECKING:
+    from learner.film import Film
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,6 @@ class Job:
     threads: int
     device: str
     cluster: ClusterConfig
-
-
-@dataclass(frozen=True)
-class Seat:
-    """One process's part. `number` counts all processes, actors first; None: it is no actor, or no rollout worker."""
-
-    number: int
-    place: Process
-    actor: int | None
-    rollout: int | None
-
-    @property
-    def name(self) -> str:
-        parts = {"actor": self.actor, "rollout": self.rollout}
-        return " and ".join(f"{part} {rank}" for part, rank in parts.items() if rank is not None)
 
 
 class Member:
@@ -106,7 +93,7 @@ class Member:
     # -- what a rollout worker is asked ------------------------------------------------------------------------------
 
     def collect(
-        self, iteration: int, attempt: int, seeds: list[int], film: Film | None = None
+        self, iteration: int, attempt: int, seeds: list[int], film: "Film | None" = None
     ) -> tuple[Rollouts | None, dict[str, float]]:
         """As `RolloutWorker.collect`, but the samples' model inputs stay here until the next iteration's begin; and the
         seconds of work of rollout and environments."""

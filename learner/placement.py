@@ -15,7 +15,6 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ except ImportError:  # one machine needs it not
     ray = None
 
 from learner.exchange import Kept, Parcel
-from learner.member import Job, Member, Seat
-from learner.placement_map import Placement, Process
+from learner.member import Job, Member
+from learner.placement_map import Placement, Process, Seat, seated
 from learner.remote import Handle, Launcher, Spawn, WorkerDied, local_environment
 from learner.rollouts import Rollouts
 from learner.trainer import Trainer
@@ -37,29 +36,16 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 3  # of all rollout workers in one iteration
 
 
-def seated(placement: Placement, shares_weights: bool) -> list[Seat]:
-    """The processes of rollout workers and actors, actors first. With `shares_weights` a rollout worker whose GPU has
-    an actor is in the actor's process."""
-    seats = [Seat(process.rank, process, process.rank, None) for process in placement["actor"]]
-    for process in placement["rollout"]:
-        where = (process.node, process.devices)
-        hosts = [s for s in seats if s.rollout is None and (s.place.node, s.place.devices) == where]
-        if shares_weights and hosts:
-            seats[hosts[0].number] = replace(hosts[0], rollout=process.rank)
-        else:
-            seats.append(Seat(len(seats), process, None, process.rank))
-    return seats
-
-
 class Troupe:
     """All processes of a run but the env processes: starts them, brings them together, replaces rollout workers."""
 
     def __init__(self, job: Job, placement: Placement, launcher: Launcher):
         self.job, self.placement, self.launcher = job, placement, launcher
-        self.seats = seated(placement, not (job.cluster.sharded or job.cluster.asynchronous))
+        self.seats = seated(placement, job.cluster.shares_weights)
         self.actors = len(placement["actor"])
         self.generation = 0
         self.newcomers = False
+        self.sent_bytes = 0  # of weights, to each who only rolls out, the last time
         self.busy_s = dict.fromkeys(placement, 0.0)
         self.lock = threading.RLock()  # an asynchronous run asks from two threads
         self.members: list[Handle] = []
@@ -82,8 +68,7 @@ class Troupe:
             self.revive()
             names = self._ask(self.members[: self.actors], "changed", self.newcomers)[0]
             sent = self._ask(self.members, "share", version, names if len(self.line) > 1 else [])
-            self.newcomers = False
-            log.debug("version %d: %d tensors, %d bytes", version, len(names), sent[0])
+            self.newcomers, self.sent_bytes = False, sent[0]
 
     def deliver(self, parts: list[Rollouts]) -> None:
         """Samples to the actors (by rank) that need them and do not keep them."""
@@ -136,9 +121,9 @@ class Troupe:
     def _meet(self) -> None:
         self.generation += 1
         self.line = [0, *(seat.number for seat in self.seats if seat.actor is None)]
-        if len(self.seats) > 1:
-            backend = self._backend(self.seats)
-            self._ask(self.members, "enter", self.meeting, self.generation, len(self.seats), self.line, backend)
+        self.carrier = self._backend(self.seats) if len(self.seats) > 1 else ""
+        if self.carrier:
+            self._ask(self.members, "enter", self.meeting, self.generation, len(self.seats), self.line, self.carrier)
 
     def _backend(self, seats: list[Seat]) -> str:
         """NCCL where each process has a GPU of its own; two of one GPU cannot meet there."""

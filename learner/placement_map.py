@@ -12,7 +12,7 @@ A key is one component or several; a value is hardware ranks, `all` or numbers a
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 COMPONENTS = ("env", "rollout", "actor")
@@ -45,6 +45,11 @@ class ClusterConfig:
             raise ValueError("cluster.offload and cluster.asynchronous: components that work at once wait for no turn")
 
     @property
+    def shares_weights(self) -> bool:
+        """A rollout worker on an actor's GPU uses its weights: not while they are in shards or being written."""
+        return not (self.sharded or self.asynchronous)
+
+    @property
     def on_ray(self) -> bool:
         return self.launcher == "ray" or (not self.launcher and (self.num_nodes > 1 or "RAY_ADDRESS" in os.environ))
 
@@ -59,6 +64,21 @@ class Process:
 
 
 Placement = dict[str, list[Process]]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One process's part. `number` counts all processes, actors first; None: it is no actor, or no rollout worker."""
+
+    number: int
+    place: Process
+    actor: int | None
+    rollout: int | None
+
+    @property
+    def name(self) -> str:
+        parts = {"actor": self.actor, "rollout": self.rollout}
+        return " and ".join(f"{part} {rank}" for part, rank in parts.items() if rank is not None)
 
 
 def parse(placement: Mapping[str, Any], num_nodes: int, per_node: int) -> Placement:
@@ -131,11 +151,23 @@ def require_fit(placement: Placement, envs: int, stages: int, batch_size: int) -
             )
 
 
-def described(placement: Placement, gpus: bool) -> list[str]:
+def seated(placement: Placement, shares_weights: bool) -> list[Seat]:
+    """The processes of rollout workers and actors, actors first. With `shares_weights` a rollout worker whose GPU has
+    an actor is in the actor's process."""
+    seats = [Seat(process.rank, process, process.rank, None) for process in placement["actor"]]
+    for process in placement["rollout"]:
+        where = (process.node, process.devices)
+        hosts = [s for s in seats if s.rollout is None and (s.place.node, s.place.devices) == where]
+        if shares_weights and hosts:
+            seats[hosts[0].number] = replace(hosts[0], rollout=process.rank)
+        else:
+            seats.append(Seat(len(seats), process, None, process.rank))
+    return seats
+
+
+def described(placement: Placement, cluster: ClusterConfig, gpus: bool) -> list[str]:
     """A line for each process."""
     kind = "GPU" if gpus else "CPU slot"
-    return [
-        f"{name} {p.rank}: node {p.node}, {kind} {', '.join(map(str, p.devices))}"
-        for name, processes in placement.items()
-        for p in processes
-    ]
+    named = [(f"env {p.rank}", p) for p in placement["env"]]
+    named += [(seat.name, seat.place) for seat in seated(placement, cluster.shares_weights)]
+    return [f"{name}: node {p.node}, {kind} {', '.join(map(str, p.devices))}" for name, p in named]

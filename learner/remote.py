@@ -57,9 +57,11 @@ class Spawn:
 
 
 def local_environment(place: Process, device: str) -> dict[str, str]:
-    """The GPUs that a process sees, and loopback for all that it says to others on this machine."""
+    """The GPUs that a process sees, and loopback for all that it says to others on this machine. NVLink multicast can
+    put a host's GPUs out of service, and gains nothing between two."""
     gpus = ",".join(map(str, place.devices)) if device == "cuda" else ""
-    return {"CUDA_VISIBLE_DEVICES": gpus, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    loopback = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    return {"CUDA_VISIBLE_DEVICES": gpus, "NCCL_NVLS_ENABLE": "0"} | loopback
 
 
 @dataclass

@@ -18,21 +18,23 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from learner.advantages import group_relative, informative_groups, normalized
-from learner.demo_dataset import Mixture
 from learner.exchange import Kept
-from learner.film import Film
 from learner.flow import annealed_noise_level
 from learner.load import bundle_files
 from learner.rollouts import Rollouts, VectorEnv, collect
 from learner.sharding import load_shards, whole_state
 from learner.update import AlgoConfig, Updater, make_optimizer, plan
+
+if TYPE_CHECKING:  # what decodes videos and reads tables is not loaded into every worker
+    from learner.demo_dataset import Mixture
+    from learner.film import Film
 
 SEEDS, ROLLOUT, ORDER, UPDATE = range(4)  # purposes of random streams
 
@@ -49,7 +51,7 @@ class RolloutWorker:
         self.policy, self.envs, self.algo, self.seed, self.rank = policy, envs, algo, seed, rank
         self.version = 0
 
-    def collect(self, iteration: int, attempt: int, seeds: list[int], film: Film | None = None) -> Rollouts | None:
+    def collect(self, iteration: int, attempt: int, seeds: list[int], film: "Film | None" = None) -> Rollouts | None:
         """An episode for each seed; None where there are no seeds."""
         if not seeds:
             return None
@@ -66,7 +68,7 @@ class UpdateWorker:
     """Trains. `group`: the ranks that make every step together; None: this worker alone."""
 
     def __init__(
-        self, policy: Any, algo: AlgoConfig, demos: Mixture | None, seed: int, group: Any = None, rank: int = 0
+        self, policy: Any, algo: AlgoConfig, demos: "Mixture | None", seed: int, group: Any = None, rank: int = 0
     ):
         self.policy, self.demos, self.seed, self.rank = policy, demos, seed, rank
         self.updater = Updater(policy, make_optimizer(policy, algo), algo, demos, torch.Generator(), group)
@@ -151,7 +153,7 @@ class Trainer:
     env_steps: int = 0
     ahead: Future[tuple[Rollouts, dict[str, float]]] | None = None
 
-    def iterate(self, film: Film | None = None) -> dict[str, float]:
+    def iterate(self, film: "Film | None" = None) -> dict[str, float]:
         """Rollouts and updates; returns metrics by the names that TensorBoard shows."""
         started_s = time.monotonic()
         rollouts, metrics = self.ahead.result() if self.ahead else self.collect(self.iteration, film)
@@ -162,16 +164,16 @@ class Trainer:
             metrics["rollout/staleness"] = float(steps - rollouts.version.min())
         work = self.divided(rollouts)
         delivered_s = time.monotonic()
-        sync_s = delivered_s - collected_s
+        sync_s = 0.0
         if self.asynchronous:
-            sync_s += self._published_s(steps)
+            sync_s = self._published_s(steps)
             self.ahead = ThreadPoolExecutor(1).submit(self.collect, self.iteration + 1, film)
         began_s = time.monotonic()
         if len(rollouts):
             metrics |= self.update_crew.call("update", work)[0]
         updated_s = time.monotonic()
         if not self.asynchronous:
-            sync_s += self._published_s(self.optimizer_steps)
+            sync_s = self._published_s(self.optimizer_steps)
         self.iteration += 1
         wall_s = time.monotonic() - started_s
         busy_s = {f"time/{name}_idle_share": 1 - busy / wall_s for name, busy in self.take_busy().items()}
@@ -180,6 +182,7 @@ class Trainer:
             | busy_s
             | {
                 "time/rollout_s": collected_s - started_s,
+                "time/deliver_s": delivered_s - collected_s,
                 "time/update_s": updated_s - began_s,
                 "time/sync_s": sync_s,
                 "time/env_steps_per_s": env_steps / (wall_s if self.asynchronous else collected_s - started_s),
@@ -187,7 +190,7 @@ class Trainer:
             }
         )
 
-    def collect(self, iteration: int, film: Film | None = None) -> tuple[Rollouts, dict[str, float]]:
+    def collect(self, iteration: int, film: "Film | None" = None) -> tuple[Rollouts, dict[str, float]]:
         """All workers' samples with their advantages, and metrics of all episodes that were played."""
         c, rng = self.algo, np.random.default_rng([self.seed, SEEDS, iteration])
         wanted = self.episodes // c.group_size
@@ -242,7 +245,9 @@ class Trainer:
         self.publish(version)
         return time.monotonic() - began_s
 
-    def _play(self, iteration: int, rng: np.random.Generator, groups: int, attempt: int, film: Film | None) -> Rollouts:
+    def _play(
+        self, iteration: int, rng: np.random.Generator, groups: int, attempt: int, film: "Film | None"
+    ) -> Rollouts:
         """Episodes of new seeds, far from those that evaluation uses; whole groups to each rollout worker."""
         workers = len(self.rollout_crew)
         seeds = rng.choice(2**31 - 1_000_001, groups, replace=False) + 1_000_000
@@ -262,7 +267,7 @@ class Trainer:
 
 
 def local_trainer(
-    policy: Any, envs: Sequence[VectorEnv], demos: Mixture | None, algo: AlgoConfig, episodes: int, seed: int
+    policy: Any, envs: Sequence[VectorEnv], demos: "Mixture | None", algo: AlgoConfig, episodes: int, seed: int
 ) -> Trainer:
     """Everything in this process: rollouts and updates share the policy."""
     player = RolloutWorker(policy, envs, algo, seed)

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 
 from learner.exchange import Exchange
 from learner.member import Job
-from learner.placement import placed_trainer, seated
-from learner.placement_map import ClusterConfig, Process, described, parse, require_fit
+from learner.placement import placed_trainer
+from learner.placement_map import ClusterConfig, Process, described, parse, require_fit, seated
 from learner.remote import WorkerDied
 from learner.trainer import divided, local_trainer
 from learner.update import AlgoConfig
@@ -46,7 +46,7 @@ def test_process_ranks():
     assert [p.rank for p in mixed["env"]] == [0, 1, 2, 3]
     wide = parse({"env": 0, "rollout": "0-3:0-1", "actor": 0}, 1, 4)  # one process over two GPUs
     assert devices(wide["rollout"]) == [(0, (0, 1)), (0, (2, 3))]
-    assert described(wide, gpus=True)[1] == "rollout 0: node 0, GPU 0, 1"
+    assert described(wide, ClusterConfig(), gpus=True)[2] == "rollout 0: node 0, GPU 0, 1"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_ranks_get_what_they_have_already():
     assert divided(rows, home, 1)[0] is rows
 
 
-@pytest.mark.parametrize("placement", [COLLOCATED, APART], ids=["collocated", "apart"])
+@pytest.mark.parametrize("placement", [pytest.param(COLLOCATED, marks=pytest.mark.slow), APART])
 def test_in_processes_the_curve_is_that_of_one(alone, placement):
     with placed_trainer(job(), placement, 4) as trainer:
         ours = [trainer.iterate() for _ in range(2)]
