@@ -8,7 +8,7 @@ the photographs of `pictures` were taken (pycolmap, which is installed apart). W
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bridge.embodiment import Embodiment
 from sim.scan import photos as photo_set
 from sim.scan.board import Board, hand_eye
 from sim.scan.photos import Photo
-from sim.scan.views import Reach, around, of_wrist
+from sim.scan.views import Links, Reach, around, of_wrist
 from sim.stand_in.config import CellConfig
 
 SOURCES = ("robot", "stand_in", "colmap")
@@ -41,8 +41,9 @@ class CaptureConfig:
     num_views: int = 60  # of the wrist camera; views that the arm cannot take are left out
     hand_held: int = 120  # stand_in: photographs by the hand-held camera
     arm_poses: int = 4  # stand_in: that the arm stands in meanwhile
-    pictures: str = ""  # colmap: a folder of photographs, some of which may be wrist photographs of `known`
-    known: str = ""  # colmap: a folder whose transforms.json says where photographs of the same names were taken
+    pictures: str = ""  # colmap: a folder of photographs by one hand-held camera
+    known: str = ""  # colmap: an earlier capture of the same cell by the wrist camera
+    joints_rad: list[float] = field(default_factory=list)  # colmap: where the arm stood; empty: at home, hand open
     targets_m: list[list[float]] = field(
         default_factory=lambda: [
             [0.45, 0.0, 0.0],
@@ -86,14 +87,16 @@ class Shot:
 
 def capture(config: CaptureConfig) -> dict[str, Any]:
     """Photographs and `transforms.json` in the folder `out`; figures of what was found. ValueError where it cannot."""
-    out = Path(config.out)
+    out, open_m = Path(config.out), config.embodiment.gripper_open_m
     out.mkdir(parents=True, exist_ok=True)
     if config.source == "colmap":
         from sim.scan.colmap import locate  # needs pycolmap
 
-        photos = locate(Path(config.pictures), out, Path(config.known) if config.known else None)
-        photo_set.save(out, photos)
-        return {"photographs": len(photos)}
+        links = Links().poses(np.array(config.joints_rad or config.embodiment.home_joint_pos_rad), open_m)
+        robot = {name: links[name] for name in ROBOT}
+        found = [replace(photo, bodies=robot) for photo in locate(Path(config.pictures), Path(config.known), out)]
+        photo_set.save(out, found)
+        return {"photographs": len(found)}
     K, T_tcp_cam = _calibration(config)
     reach = Reach(config.embodiment.home_joint_pos_rad)
     asked = around(config.targets_m, config.num_views, config.distance_m, config.elevation_rad, config.azimuth_rad)
@@ -107,9 +110,9 @@ def capture(config: CaptureConfig) -> dict[str, Any]:
         shots, photos = _stand_in(config, [(T, q) for T in views if (q := reach.joints(T)) is not None], out)
     figures: dict[str, Any] = {"views": len(asked), "views_in_reach": len(views), "wrist_photographs": len(shots)}
     if config.board.columns:
-        found = hand_eye([s.pixels for s in shots], np.array([s.T_base_tcp for s in shots]), config.board, K)
-        K, T_tcp_cam = found.K, found.T_tcp_cam
-        figures |= {"board_rms_px": found.rms_px, "board_pictures": found.num_pictures}
+        seen = hand_eye([s.pixels for s in shots], np.array([s.T_base_tcp for s in shots]), config.board, K)
+        K, T_tcp_cam = seen.K, seen.T_tcp_cam
+        figures |= {"board_rms_px": seen.rms_px, "board_pictures": seen.num_pictures}
         (out / CALIBRATION).write_text(json.dumps({"K": K.tolist(), "T_tcp_cam": T_tcp_cam.tolist()} | figures) + "\n")
     for index, shot in enumerate(shots):
         name = f"{config.camera}_{index:04d}.png"
