@@ -98,6 +98,18 @@ def integrate(T_base_target: ArrayLike, action: ArrayLike) -> np.ndarray:
     return T
 
 
+def compose(actions: ArrayLike) -> np.ndarray:
+    """One action that moves a target as `actions` do one after another; the last gripper command counts.
+
+    [..., k, 7] -> [..., 7].
+    """
+    actions = np.asarray(actions, dtype=np.float64)
+    T = np.broadcast_to(np.eye(4), (*actions.shape[:-2], 4, 4))
+    for k in range(actions.shape[-2]):
+        T = integrate(T, actions[..., k, :])
+    return np.concatenate([delta(np.eye(4), T), actions[..., -1, 6:]], axis=-1)
+
+
 def delta(T_from: ArrayLike, T_to: ArrayLike) -> np.ndarray:
     """The six motion numbers with `integrate(T_from, delta + gripper) == T_to`. [..., 4, 4] -> [..., 6]."""
     T_from, T_to = np.asarray(T_from, dtype=np.float64), np.asarray(T_to, dtype=np.float64)

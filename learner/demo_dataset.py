@@ -146,19 +146,12 @@ class Pictures:
 
 
 def compose(action: np.ndarray, rows_per_step: int) -> np.ndarray:
-    """Motions over `rows_per_step` consecutive rows: [n, 7] -> [n - rows_per_step + 1, 7], one for each first row.
-
-    Translations add in the base frame, rotations multiply in the TCP frame, the gripper takes the last row's command.
-    """
+    """Motions over `rows_per_step` consecutive rows: [n, 7] -> [n - rows_per_step + 1, 7], one for each first row."""
     if rows_per_step == 1:
         return action
     count = max(len(action) - rows_per_step + 1, 0)
     parts = [action[k : k + count] for k in range(rows_per_step)]
-    R = pose.matrix_from_rpy(parts[0][:, 3:6])
-    for part in parts[1:]:
-        R = R @ pose.matrix_from_rpy(part[:, 3:6])
-    translation_m = np.sum([part[:, :3] for part in parts], axis=0, dtype=np.float64)
-    return np.concatenate([translation_m, pose.rpy_from_matrix(R), parts[-1][:, 6:]], axis=1).astype(np.float32)
+    return pose.compose(np.stack(parts, axis=1)).astype(np.float32)
 
 
 def next_gripper_event_m(state: np.ndarray, gripper: np.ndarray) -> np.ndarray:

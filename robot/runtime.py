@@ -85,7 +85,7 @@ class TeleopInput:
             if not self._actions:
                 return None
             action = self._actions.popleft()
-            while self._actions and self._fits(both := compose([action, self._actions[0]])):
+            while self._actions and self._fits(both := pose.compose([action, self._actions[0]])):
                 self._actions.popleft()
                 action = both
             return action
@@ -234,14 +234,6 @@ class Runtime:
         if not self._cleared or self.executor.num_left:
             self.executor.clear()
             self._cleared = True
-
-
-def compose(actions: list[np.ndarray]) -> np.ndarray:
-    """One action [7] that moves a target as `actions` do one after another; the last gripper command counts."""
-    T = np.eye(4)
-    for action in actions:
-        T = pose.integrate(T, action)
-    return np.append(pose.delta(np.eye(4), T), actions[-1][6])
 
 
 class GridLoop:

@@ -64,14 +64,8 @@ def composed(rows: dict[str, np.ndarray], rows_a_step: int) -> Recording:
     """Rows compose: a row's action is the motion of the commanded target until the next row."""
     action, state = rows["action"].astype(np.float64), rows["observation.state"].astype(np.float64)
     num = (len(action) - 1) // rows_a_step
-    actions = np.zeros((num, pose.ACTION_DIM))
-    for step in range(num):
-        part = action[step * rows_a_step : (step + 1) * rows_a_step]
-        T = np.eye(4)
-        for row in part:
-            T = pose.integrate(T, row)
-        actions[step] = np.append(pose.delta(np.eye(4), T), part[-1, 6])
-    return Recording(actions, state[: num * rows_a_step + 1 : rows_a_step])
+    steps = action[: num * rows_a_step].reshape(num, rows_a_step, pose.ACTION_DIM)
+    return Recording(pose.compose(steps), state[: num * rows_a_step + 1 : rows_a_step])
 
 
 def replay(twin: Twin, recording: Recording) -> Strayed:

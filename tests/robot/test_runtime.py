@@ -9,7 +9,7 @@ from bridge.errors import BridgeTimeout
 from bridge.messages import ActionChunk
 from robot.config import RuntimeConfig
 from robot.observer import Observer
-from robot.runtime import GridLoop, Runtime, compose
+from robot.runtime import GridLoop, Runtime
 
 MS = 1_000_000
 PERIOD_NS = 100 * MS
@@ -149,9 +149,9 @@ def test_teleop_actions_that_would_be_too_fast_together_take_a_tick_each():
 def test_composed_actions_move_the_target_as_one_after_the_other():
     a, b = np.array([0.01, 0, 0.02, 0.03, 0, 0.05, 1]), np.array([0, 0.01, 0, 0, 0.04, -0.02, -1])
     start = pose.pose(np.array([0.4, 0.1, 0.3]), pose.matrix_from_rpy([np.pi, 0.1, 0.7]))
-    both = pose.integrate(start, compose([a, b]))
+    both = pose.integrate(start, pose.compose([a, b]))
     assert np.allclose(both, pose.integrate(pose.integrate(start, a), b), atol=1e-12)
-    assert compose([a, b])[6] == -1
+    assert pose.compose([a, b])[6] == -1
 
 
 class SteppedClock:
