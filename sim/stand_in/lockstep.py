@@ -53,6 +53,7 @@ class LockStepCell:
         workspace_m: tuple[list[float], list[float]] = ([0.20, -0.45, 0.018], [0.75, 0.45, 0.75]),
     ):
         self.embodiment, self.max_steps, self.picture_size = embodiment, max_steps, picture_size
+        self.instruction = next(iter(embodiment.instructions), "")
         self.rest_height_m = config.bodies.cube_side_m / 2
         self._lower_m, self._upper_m = np.array(workspace_m[0]), np.array(workspace_m[1])
         self._world = World(config, embodiment)

@@ -6,7 +6,8 @@ With `action_noise_m` the twin executes the expert's action plus noise, while th
 data then shows how to come back from small errors (DART), which a few clean demonstrations do not.
 
 `world=stand_in` does the same in the stand-in cell in lock step, for studies that need many demonstrations of it and no
-robot side; `cotwin record` is the one that drives the robot.
+robot side; `cotwin record` is the one that drives the robot. `world=libero` does it in LIBERO, whose Spatial suite the
+expert knows: `libero.suite=libero_spatial embodiment=libero`.
 """
 
 import json
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -25,14 +27,14 @@ from bridge.dataset import DatasetStore, EpisodeWriter, video_path
 from bridge.embodiment import Embodiment
 from bridge.run_files import append_line, read_lines, write_stage
 from bridge.statistics import wilson_interval
+from sim.libero.config import LiberoConfig
 from sim.stand_in.config import CellConfig
-from sim.stand_in.lockstep import LockStepCell
 from sim.twin.config import TwinConfig
 from sim.twin.scripted import behaviour
-from sim.twin.worker import Twin
 
 REPO_IDS = {"PutCubeOnPlate-v0": "cotwin/twin_put_cube_on_plate", "PickPlaceTwin-v1": "cotwin/twin_pick_place"}
-WORLDS = ("twin", "stand_in")
+WORLDS = ("twin", "stand_in", "libero")
+STAGES = {"twin": "twin_demos", "stand_in": "cell_demos", "libero": "libero_demos"}
 SEED_BASE = 100_000  # training scenes; evaluations count from other bases
 
 
@@ -45,12 +47,13 @@ class TwinDemosConfig:
     episodes: int = 120  # kept ones, earlier sessions of this run included
     seed: int = 0
     workers: int = 2  # processes
-    world: str = "twin"  # or stand_in
+    world: str = "twin"  # or stand_in, libero
     start_range_m: float = 0.06  # the first target is moved by up to this much on each axis, so that starts differ
     action_noise_m: float = 0.002  # standard deviation, each axis and step, of what is executed but not recorded
     embodiment: Embodiment = field(default_factory=Embodiment)
     twin: TwinConfig = field(default_factory=TwinConfig)
     cell: CellConfig = field(default_factory=CellConfig)  # world=stand_in only
+    libero: LiberoConfig = field(default_factory=LiberoConfig)  # world=libero only
 
     def __post_init__(self):
         if self.world not in WORLDS:
@@ -65,17 +68,31 @@ class TwinDemosConfig:
 
     @property
     def stage(self) -> str:
-        return "twin_demos" if self.world == "twin" else "cell_demos"
+        return STAGES[self.world]
+
+    @property
+    def domain(self) -> str:
+        return "stand_in" if self.world == "stand_in" else "twin"
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height, width."""
+        shown = self.libero if self.world == "libero" else self.twin
+        return shown.picture_height, shown.picture_width
 
     @property
     def repo_id(self) -> str:
+        if self.world == "libero":
+            return f"cotwin/{self.libero.suite}"
         return REPO_IDS[self.twin.task] if self.world == "twin" else "cotwin/stand_in_put_cube_on_plate"
 
-    def make(self) -> "Twin | LockStepCell":
-        if self.world == "twin":
-            return Twin(self.twin, self.embodiment)
-        size = self.twin.picture_height, self.twin.picture_width
-        return LockStepCell(self.cell, self.embodiment, self.twin.max_steps, size)
+    def make(self) -> Any:
+        """What answers to `sim.twin.worker.Episodes`."""
+        if self.world != "stand_in":
+            return (self.twin if self.world == "twin" else self.libero).make(self.embodiment)
+        from sim.stand_in.lockstep import LockStepCell  # brings a MuJoCo that LIBERO's processes must not see
+
+        return LockStepCell(self.cell, self.embodiment, self.twin.max_steps, self.picture_size)
 
 
 @dataclass(frozen=True)
@@ -92,10 +109,9 @@ def main(argv: list[str]) -> None:
     config = command_line("twin-demos", TwinDemosConfig, argv, __doc__)
     save(config, config.run / "config" / "twin-demos.yaml")
     started_s = time.monotonic()
-    root = config.run / "data" / config.world
-    size = (config.twin.picture_height, config.twin.picture_width)
+    root = config.run / "data" / config.domain
     rate_hz = int(config.embodiment.policy_rate_hz)
-    store = DatasetStore.open_or_create(root, config.repo_id, config.embodiment, rate_hz, size)
+    store = DatasetStore.open_or_create(root, config.repo_id, config.embodiment, rate_hz, config.picture_size)
     attempts_file = config.run / config.stage / "attempts.jsonl"
     episodes_before = store.num_episodes
     fresh_steps = record(config, store, attempts_file)
@@ -113,7 +129,7 @@ def main(argv: list[str]) -> None:
         "steps_per_s": round(fresh_steps / wall_s, 1),
         "episodes_per_s": round((store.num_episodes - episodes_before) / wall_s, 3),
     }
-    video = config.run / "videos" / f"{config.world}_demonstration.mp4"
+    video = config.run / "videos" / f"{config.domain}_demonstration.mp4"
     video.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(video_path(root, "third_person", 0), video)
     write_stage(config.run, config.stage, wall_s, figures, {"demonstration": video})
@@ -156,7 +172,7 @@ def _attempts(config: TwinDemosConfig, spool: Path, first_seed: int) -> Iterator
             next_seed += 1
 
 
-_twin: Twin | LockStepCell | None = None  # of this worker process
+_twin: Any = None  # of this worker process
 _config: TwinDemosConfig | None = None
 _spool = Path()
 
@@ -173,16 +189,15 @@ def _attempt(seed: int) -> Attempt:
     return demonstrate(_twin, _config, seed, _spool / f"{seed:08d}")
 
 
-def demonstrate(twin: Twin | LockStepCell, config: TwinDemosConfig, seed: int, folder: Path) -> Attempt:
+def demonstrate(twin: Any, config: TwinDemosConfig, seed: int, folder: Path) -> Attempt:
     """One episode of the expert from a displaced start, written to `folder` when it succeeds."""
     embodiment, period_ns = config.embodiment, round(1e9 / config.embodiment.policy_rate_hz)
     twin.reset(seed)
     rng = np.random.default_rng([seed, 1])
     displace(twin, rng, config.start_range_m)
     act = behaviour("expert", twin, seed)
-    size = (config.twin.picture_height, config.twin.picture_width)
-    instruction = embodiment.instructions[0]
-    writer = EpisodeWriter(folder, embodiment, int(embodiment.policy_rate_hz), instruction, config.world, size)
+    rate_hz, size = int(embodiment.policy_rate_hz), config.picture_size
+    writer = EpisodeWriter(folder, embodiment, rate_hz, twin.instruction, config.domain, size)
     steps = 0
     while not twin.ended:
         action = act()
@@ -202,7 +217,7 @@ def demonstrate(twin: Twin | LockStepCell, config: TwinDemosConfig, seed: int, f
     return Attempt(seed, True, steps, str(writer.close(success=True, extra=extra)))
 
 
-def displace(twin: Twin | LockStepCell, rng: np.random.Generator, range_m: float) -> None:
+def displace(twin: Any, rng: np.random.Generator, range_m: float) -> None:
     """Move the arm to a random start near home, before anything is recorded."""
     offset_m = rng.uniform(-range_m, range_m, 3)
     num_steps = 5

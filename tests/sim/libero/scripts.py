@@ -30,7 +30,8 @@ def fulfil(task: LiberoTask) -> None:
     for number, (predicate, *names) in enumerate(env.parsed_problem["goal_state"]):
         state = env.object_states_dict[names[0]]
         if predicate in ("on", "in"):
-            at_m = env.object_states_dict[names[1]].get_geom_state()["pos"] + [0.0, 0.05 * number, 0.06]
+            above_m = [0.0, 0.05 * number, 0.06 if predicate == "on" else 0.02]
+            at_m = env.object_states_dict[names[1]].get_geom_state()["pos"] + above_m
             joint = env.get_object(names[0]).joints[-1]
             env.sim.data.set_joint_qpos(joint, np.append(at_m, env.sim.data.get_joint_qpos(joint)[3:]))
             env.sim.data.set_joint_qvel(joint, np.zeros(6))
