@@ -82,14 +82,17 @@ RENAMED = {
     "runner.logger.project_name": "logger.project",
     "runner.logger.logger_backends": "logger.backends",
     "cluster.num_nodes": "cluster.num_nodes",
+    "actor.enable_offload": "cluster.offload",
+    "rollout.enable_offload": "cluster.offload",
     PLACEMENT: PLACEMENT,
 }
 
 # key -> our key, and their value -> ours
-CHOICES: dict[str, tuple[str, dict[str, str]]] = {
+CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "algorithm.adv_type": ("algo.algorithm", {"gae": "ppo", "grpo": "grpo"}),
     "algorithm.loss_type": ("algo.algorithm", {"actor_critic": "ppo", "actor": "grpo"}),
     "algorithm.logprob_type": ("algo.level", {f"{level}_level": level for level in ("chunk", "action", "token")}),
+    "actor.fsdp_config.sharding_strategy": ("cluster.sharded", {"no_shard": False, "full_shard": True}),
     "env.train.task_suite_name": ("libero.suite", {name: name for name in SUITES}),
 }
 
@@ -104,10 +107,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "env.train.ignore_terminations": ((False,), "an episode ends with success"),
     "actor.model.model_type": (("openpi",), "the other policy is `small`: leave actor.model.* out"),
     "actor.model.precision": ((None,), "policy.dtype says what arithmetic is done in"),
-    "actor.training_backend": (("fsdp",), "ranks hold whole copies (no_shard)"),
-    "actor.fsdp_config.sharding_strategy": (("no_shard",), "ranks hold whole copies"),
-    "actor.enable_offload": ((False,), "weights and optimiser stay on the device"),
-    "rollout.enable_offload": ((False,), "weights stay on the device"),
+    "actor.training_backend": (("fsdp",), "weights are whole copies or FSDP2's shards"),
     "env.enable_offload": ((False,), "environments stay where they are"),
     "actor.optim.adam_eps": ((1e-8,), "AdamW's eps is 1e-8"),
     "runner.val_check_interval": ((-1, 0), "evaluate checkpoints by `cotwin twin-eval`"),

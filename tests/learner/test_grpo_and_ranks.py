@@ -44,7 +44,7 @@ def test_grpo_compares_episodes_of_one_start_and_replaces_groups_that_say_nothin
     algo = AlgoConfig(**GRPO, filter_low=0.1, filter_high=0.9, refill_rounds=6)
     policy = tiny_policy()
     trainer = local_trainer(policy, [LuckyEnv()], None, algo, 12, 0)
-    rollouts, metrics = trainer.collect()
+    rollouts, metrics = trainer.collect(0)
     groups: dict[int, list[Episode]] = {}
     for episode in rollouts.episodes:
         groups.setdefault(episode.seed, []).append(episode)
@@ -272,7 +272,7 @@ def test_the_advantages_are_of_all_workers_together():
     algo = AlgoConfig(beta=0.0)
     crew = LocalCrew(*[RolloutWorker(policy, [PushEnv()], algo, 0, rank) for rank in range(2)])
     trainer = Trainer(crew, LocalCrew(UpdateWorker(policy, algo, None, 0)), algo, 8, 0, lambda version: None)
-    rollouts, _ = trainer.collect()
+    rollouts, _ = trainer.collect(0)
     counted = rollouts.advantages[rollouts.mask]
     assert counted.mean().item() == pytest.approx(0, abs=1e-5)
     assert counted.std().item() == pytest.approx(1, abs=1e-3)

@@ -57,7 +57,7 @@ def test_the_arithmetic_of_the_published_recipe(capsys):
     assert "at most 2560 an iteration" in text
     assert "at most 2 an iteration (2560 samples, 2 epochs)" in text
     assert "128 : 2560 samples (1 : 20), beta 0.2" in text
-    assert "actor 7: node 0, GPU 7" in text
+    assert "actor 7 and rollout 7: node 0, GPU 7" in text
     assert len(_leaves(_read(CO_TRAINING))) < 60
     spatial = explain(loaded("config=libero_spatial_ppo_openpi"))
     assert "at most 24576 an iteration" in spatial
@@ -106,7 +106,10 @@ def test_data_sets_are_found_below_lerobots_home(monkeypatch, tmp_path):
         (["algorithm.adv_type=grpo", "algorithm.loss_type=actor_critic"], "contradict"),
         (["actor.model.openpi.pi05=false", "actor.model.openpi.config_name=pi05_libero"], "contradict"),
         (["algorithm.kl_beta=0.1"], "cannot be honoured: there is no reference model"),
-        (["actor.enable_offload=true"], "cannot be honoured"),
+        (["env.enable_offload=true"], "cannot be honoured"),
+        (["actor.enable_offload=true"], "cluster.offload need a cluster.component_placement"),
+        (["actor.enable_offload=true", "rollout.enable_offload=false"], "contradict"),
+        (["actor.fsdp_config.sharding_strategy=hybrid_shard"], "allowed are no_shard, full_shard"),
         (["runner.val_check_interval=10"], "cotwin twin-eval"),
         (["env.train.init_params.id=StackCube-v1"], "allowed are"),
         (["algorithm.adv_type=reinforce"], "allowed are gae, grpo"),
