@@ -22,6 +22,7 @@ COMMANDS = {
     "splat-scene": ("sim.splat.procedural", "write a splat scene sampled from the twin's own shapes"),
     "sft": ("learner.sft", "Stage I: supervised training on real and twin demonstrations"),
     "train": ("learner.train", "Stage II: PPO in the twin with an SFT term on real demonstrations"),
+    "fetch": ("learner.fetch", "bring released weights, demonstrations and assets here: cotwin fetch NAME"),
     "runs": ("learner.runs_command", "compare runs: cotwin runs compare A B"),
     "twin-eval": ("learner.twin_eval", "evaluate a checkpoint in the twin"),
     "cell-eval": (
