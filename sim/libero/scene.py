@@ -23,7 +23,7 @@ CAMERAS = {"third_person": "agentview", "wrist": "robot0_eye_in_hand"}
 R_SITE_TCP = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])  # robosuite's grip site turns a quarter
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0  # robosuite's commands; there is nothing between
 # Where fingers that point down and close along y hold a thing, from its origin: a bowl by its rim.
-GRASPS_M = {"akita_black_bowl": np.array([0.0, 0.048, 0.02])}
+GRASPS_M = {"akita_black_bowl": np.array([0.0, 0.052, 0.034])}
 PUT_DOWN_M = np.array([0.0, 0.0, 0.01 - CUBE_SIZE_M / 2])  # the expert counts in cubes
 INSTALL = "uv pip install --no-deps --target {} -r sim/libero/requirements.txt"
 

@@ -26,19 +26,21 @@ def made(suite: str, **changes) -> LiberoTask:
 def fulfil(task: LiberoTask) -> None:
     """Hold things over where the goal wants them, and bring doors and knobs to where LIBERO's own starts have them when
     they are open, closed or on. The rest is left to physics."""
-    env = task.env._env
-    for number, (predicate, *names) in enumerate(env.parsed_problem["goal_state"]):
+    env, taken = task.env._env, []
+    for predicate, *names in env.parsed_problem["goal_state"]:
         state = env.object_states_dict[names[0]]
         if predicate in ("on", "in"):
-            above_m = [0.0, 0.05 * number, 0.06 if predicate == "on" else 0.02]
-            at_m = env.object_states_dict[names[1]].get_geom_state()["pos"] + above_m
+            beside = taken.count(names[1])
+            aside_m = [0.0, 0.07 * beside, 0.06] if predicate == "on" else [0.0, 0.05 * beside, 0.02]
+            taken.append(names[1])
+            at_m = env.object_states_dict[names[1]].get_geom_state()["pos"] + aside_m
             joint = env.get_object(names[0]).joints[-1]
             env.sim.data.set_joint_qpos(joint, np.append(at_m, env.sim.data.get_joint_qpos(joint)[3:]))
             env.sim.data.set_joint_qvel(joint, np.zeros(6))
         else:
             owner = env.get_object(getattr(state, "parent_name", names[0]))
             state.set_joint(np.mean(owner.object_properties["articulation"][f"default_{predicate}_ranges"]))
-    env.sim.forward()
+        env.sim.forward()
 
 
 def tried(task: LiberoTask, seed: int) -> dict:
