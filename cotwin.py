@@ -16,6 +16,7 @@ COMMANDS = {
     "console": ("robot.console", "the operator's page in a browser: cameras, state, limits, marks, stop"),
     "session-log": ("robot.session_log", "write what all nodes of a robot say to an MCAP file"),
     "robot": ("robot.black_box", "go through a recorded fault again: cotwin robot replay FILE"),
+    "data": ("bridge.data_command", "inspect, repair, merge and push data sets"),
     "demos": ("bridge.demo_server", "receive demonstrations from robots into a data set"),
     "twin-demos": ("sim.twin.demos", "scripted demonstrations in the twin to a LeRobot data set"),
     "twin": ("sim.twin.command", "check the twin, replay recordings in it, fit its arm to them"),

@@ -98,15 +98,18 @@ class DatasetStore:
         return cls.open(root, embodiment)
 
     @classmethod
-    def open(cls, root: Path, embodiment: Embodiment | None = None) -> "DatasetStore":
-        """Open and repair what a killed process left. ValueError when there is no data set; SchemaMismatch, naming the
-        field, when it was made for another contract than `embodiment`."""
+    def open(cls, root: Path, embodiment: Embodiment | None = None, repair: bool = True) -> "DatasetStore":
+        """Open and repair what a killed process left; `repair=False` only reads. ValueError when there is no data set;
+        SchemaMismatch, naming the field, when it was made for another contract than `embodiment`."""
         if not (root / INFO).is_file() or not (root / CONTRACT).is_file():
             raise ValueError(f"{root} is no data set ({INFO} or {CONTRACT} is missing)")
         theirs = Embodiment.load(root / CONTRACT)
         if embodiment is not None:
             embodiment.require_same(theirs, f"data set {root}")
         store = cls(root, theirs, json.loads((root / INFO).read_text()))
+        if not repair:
+            store._read_new_episodes()
+            return store
         with store._locked():
             store._repair()
         return store
@@ -130,6 +133,14 @@ class DatasetStore:
     @property
     def fps(self) -> int:
         return self._info["fps"]
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) of all pictures; None where they have the cameras' own."""
+        own = features(self.embodiment)
+        sizes = {key: f["shape"] for key, f in self._info["features"].items() if f["dtype"] == "video"}
+        height, width, _ = next(iter(sizes.values()))
+        return (height, width) if any(list(own[key]["shape"]) != list(size) for key, size in sizes.items()) else None
 
     @property
     def num_episodes(self) -> int:
@@ -164,10 +175,15 @@ class DatasetStore:
             "contract_hash": self.embodiment.contract_hash,
         }
 
-    def append(self, folder: Path) -> int:
+    def record(self, index: int) -> EpisodeRecord:
+        """Raises CorruptData when it is missing or damaged."""
+        return read_record(self.root / RECORDS, self._record_path(index).name)
+
+    def append(self, folder: Path, summarise: bool = True) -> int:
         """Store one finished episode folder (which stays) and return its index; durable when this returns.
 
-        An episode that is already here (by uuid) is not stored again. Raises SchemaMismatch, naming the field, for
+        An episode that is already here (by uuid) is not stored again. Who appends many leaves `summarise` for the last:
+        until then readers see none of them. Raises SchemaMismatch, naming the field, for
         another contract, fps or picture size, and CorruptData for a damaged folder.
         """
         record = read_record(folder)
@@ -180,8 +196,15 @@ class DatasetStore:
             line, rows = self._store_files(folder, record)
             _write_table(self.root / episode_file(self.num_episodes), pa.Table.from_pylist([line]))
             self._remember(line, rows, record)
-            self._write_summaries()
+            if summarise:
+                self._write_summaries()
         return line["episode_index"]
+
+    def summarise(self) -> None:
+        """Show readers what was appended without `summarise`."""
+        with self._locked():
+            self._read_new_episodes()
+            self._write_summaries()
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -270,7 +293,7 @@ class DatasetStore:
         for index in range(len(self._columns.get("index", [])), self.num_episodes):
             for key, values in read_episode(self.root, index).items():
                 self._columns.setdefault(key, []).append(values)
-            self._add_histograms(EpisodeRecord(**json.loads(self._record_path(index).read_text())))
+            self._add_histograms(self.record(index))
         if self._episodes:
             stats = {key: column_stats(np.concatenate(parts)) for key, parts in self._columns.items()}
             for camera, histogram in self._histograms.items():

@@ -5,6 +5,7 @@
     episode.json          the `EpisodeRecord`: who, what, how long, which contract, SHA-256 of the other files
 
 The writer fills `<folder>.partial`; the rename to `<folder>` is its last act, so a folder without that ending is whole.
+Until then every row is also in `rows.journal`, from which `bridge.episode_rewrite` recovers what a killed writer left.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from bridge.video import VideoWriter
 
 PARTIAL = ".partial"
 ROWS_FILE, RECORD_FILE = "rows.parquet", "episode.json"
+JOURNAL, BEGUN = "rows.journal", "begun.json"  # while the episode is being written
 # Only the writer knows where an episode ends and how, so it fills these itself.
 DERIVED = ("next.reward", "next.success", "next.done")
 OPTIONAL = ("frame_repeated", "intervention")
@@ -105,6 +107,10 @@ class EpisodeWriter:
             )
             for name, camera in embodiment.cameras.items()
         }
+        about: dict[str, Any] = {"uuid": self.uuid, "fps": fps, "instruction": instruction, "domain": domain}
+        begun = about | {"contract": embodiment.to_dict(), "image_size": image_size}
+        durable.write_text(self._partial / BEGUN, json.dumps(begun))
+        self._journal = open(self._partial / JOURNAL, "wb", buffering=0)  # noqa: SIM115, until close or discard
 
     @property
     def num_rows(self) -> int:
@@ -129,6 +135,7 @@ class EpisodeWriter:
             self._videos[name].add(frame)
         for key, value in values.items():
             self._rows[key].append(value)
+        self._journal.write(b"".join(values[key].tobytes() for key in self._rows))
 
     def close(self, success: bool, extra: dict[str, Any] | None = None) -> Path:
         """Finish, sync and move the episode to `folder`. Raises ValueError when it has no rows, RuntimeError when a
@@ -157,6 +164,9 @@ class EpisodeWriter:
             extra=extra or {},
         )
         durable.write_text(self._partial / RECORD_FILE, record.to_json())
+        self._journal.close()
+        for name in (JOURNAL, BEGUN):
+            (self._partial / name).unlink()
         os.rename(self._partial, self.folder)
         durable.sync(self.folder.parent)
         return self.folder
@@ -165,6 +175,7 @@ class EpisodeWriter:
         """Throw the episode away."""
         for video in self._videos.values():
             video.abort()
+        self._journal.close()
         shutil.rmtree(self._partial)
 
     def _checked(self, row: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -193,6 +204,12 @@ class EpisodeWriter:
         columns["next.success"] = last & success
         columns["next.reward"] = columns["next.success"].astype(np.float32)
         return to_table(columns, self._columns)
+
+
+def journal_type(embodiment: Embodiment) -> np.dtype:
+    """One row of the journal."""
+    columns = row_features(embodiment)
+    return np.dtype([(key, _NUMPY[f["dtype"]], f["shape"]) for key, f in columns.items() if key not in DERIVED])
 
 
 def row_features(embodiment: Embodiment) -> dict[str, dict[str, Any]]:
@@ -231,10 +248,10 @@ def from_table(table: pa.Table) -> dict[str, np.ndarray]:
     return columns
 
 
-def read_record(folder: Path) -> EpisodeRecord:
+def read_record(folder: Path, name: str = RECORD_FILE) -> EpisodeRecord:
     """Raises CorruptData (naming the folder) when `episode.json` is missing or damaged."""
     try:
-        record = EpisodeRecord(**json.loads((folder / RECORD_FILE).read_text()))
+        record = EpisodeRecord(**json.loads((folder / name).read_text()))
         assert record.embodiment  # the contract is read, and refused here when it is none
         return record
     except (OSError, ValueError, TypeError) as error:
@@ -262,6 +279,16 @@ def remove_episode(folder: Path) -> None:
     partial = folder.with_name(folder.name + PARTIAL)
     os.rename(folder, partial)
     shutil.rmtree(partial)
+
+
+def set_aside_unfinished(folder: Path, place: Path) -> list[Path]:
+    """Move what a killed writer left in `folder` to `place`, for `cotwin data repair`; returns the places."""
+    moved = []
+    for path in sorted(path.parent for path in folder.glob(f"*{PARTIAL}/{BEGUN}")):
+        durable.make_folder(place)
+        durable.replace(path, place / path.name)
+        moved.append(place / path.name)
+    return moved
 
 
 def remove_unfinished(folder: Path) -> int:

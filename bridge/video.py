@@ -14,6 +14,9 @@ import numpy as np
 CODEC = "libx264"
 OPTIONS = {"preset": "ultrafast", "crf": "23", "g": "15", "threads": "1"}
 PIXEL_FORMAT = "yuv420p"
+# Every group of pictures is on the disk by itself until the file is finished and becomes an ordinary MP4: what a kill
+# leaves can be read up to the last group.
+CONTAINER_OPTIONS = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
 
 
 class VideoWriter:
@@ -78,7 +81,7 @@ class VideoWriter:
 
     def _run(self) -> None:
         try:
-            with av.open(str(self.path), "w") as container:
+            with av.open(str(self.path), "w", options=CONTAINER_OPTIONS) as container:
                 stream = container.add_stream(CODEC, self.fps, options=OPTIONS)
                 stream.height, stream.width, stream.pix_fmt = *self.size, PIXEL_FORMAT
                 stream.codec_context.time_base = Fraction(1, self.fps)
@@ -104,6 +107,20 @@ def decode_frames(path: Path) -> Iterator[np.ndarray]:
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             yield frame.to_ndarray(format="rgb24")
+
+
+def readable_frames(path: Path) -> int:
+    """How many frames come before the first damage; 0 for what is no video."""
+    frames = 0
+    with (
+        contextlib.suppress(av.FFmpegError, OSError),
+        av.open(str(path), options={"err_detect": "explode"}) as container,
+    ):
+        for stream in container.streams.video:
+            stream.codec_context.options = {"err_detect": "explode"}
+        for _ in container.decode(video=0):
+            frames += 1
+    return frames
 
 
 def count_frames(path: Path) -> int:

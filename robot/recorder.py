@@ -314,5 +314,5 @@ class EpisodeRecorder:
                 raise RecordingBroken(f"the encoders are {backlog} pictures behind: this machine is too busy")
             try:
                 writer.add(images, row)
-            except (ValueError, RuntimeError) as error:  # a picture of another size, a full disk
+            except (ValueError, RuntimeError, OSError) as error:  # a picture of another size, a full disk
                 raise RecordingBroken(str(error)) from error

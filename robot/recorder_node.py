@@ -28,7 +28,7 @@ from std_srvs.srv import SetBool, Trigger
 from bridge import pose
 from bridge.dataset import DatasetStore
 from bridge.demo_stream import DemoSender
-from bridge.episode import finished_episodes, remove_episode, remove_unfinished
+from bridge.episode import finished_episodes, remove_episode, remove_unfinished, set_aside_unfinished
 from bridge.errors import BridgeError
 from bridge.keys import Keys
 from robot import params
@@ -106,6 +106,10 @@ class RecorderNode(Node):
         self.sender: DemoSender | None = None
         self.store: DatasetStore | None = None
         if self.recordings.is_dir():
+            for partial in set_aside_unfinished(self.recordings, self.spool / "interrupted"):
+                self.get_logger().warning(
+                    f"an episode was interrupted; cotwin data repair spool={partial.parent} has it"
+                )
             remove_unfinished(self.recordings)
         if self.config.demos_endpoint:
             keys = Keys.at(self.config.keys, self.config.peer)

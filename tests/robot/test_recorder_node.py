@@ -154,6 +154,8 @@ def test_episodes_survive_kill_9(ros, settings):
     cell.run(20)
     assert json.loads(cell.call(SetBool, "save_episode", data=False).message)["episode"] == "1"
     assert not list((settings["spool_dir"] / "recordings").iterdir())
+    (interrupted,) = (settings["spool_dir"] / "interrupted").iterdir()
+    assert (interrupted / "rows.journal").stat().st_size > 0  # for `cotwin data repair`
 
     root = settings["dataset_root"]
     assert [(e["success"], e["domain"]) for e in DatasetStore.open(root).episodes()] == [
