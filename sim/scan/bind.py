@@ -5,8 +5,6 @@ goes to the robot link whose surface is nearest, if that is nearer than `margin_
 lies; all else stays in the world. Each part is written in its own body's frame.
 """
 
-import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ import torch
 from scipy.spatial import KDTree
 
 from bridge import pose
-from bridge.config import command_line
 from bridge.embodiment import Embodiment
+from sim.scan import action
 from sim.scan.fit import WORLD
 from sim.scan.views import Links
 from sim.splat import ply, procedural
@@ -85,17 +83,16 @@ def bind(cloud: GaussianCloud, config: BindConfig) -> tuple[GaussianCloud, dict[
     return merge(parts), {part.segment_names[0]: carriers[part.segment_names[0]] for part in parts}
 
 
-def main(argv: list[str]) -> int:
-    config = command_line("twin-bind", BindConfig, argv, __doc__ or "")
-    try:
-        if not Path(config.cloud).is_file():
-            raise ValueError(f"cloud {config.cloud!r}: there is no such file; name a .ply of Gaussians")
-        T = torch.tensor(config.T_base_cloud, dtype=torch.float64).reshape(4, 4)
-        bound, carriers = bind(ply.read(Path(config.cloud)).transform(T, config.scale), config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def bind_file(config: BindConfig) -> dict[str, int]:
+    """Write the scene folder; how many Gaussians each segment got."""
+    if not Path(config.cloud).is_file():
+        raise ValueError(f"cloud {config.cloud!r}: there is no such file; name a .ply of Gaussians")
+    T = torch.tensor(config.T_base_cloud, dtype=torch.float64).reshape(4, 4)
+    bound, carriers = bind(ply.read(Path(config.cloud)).transform(T, config.scale), config)
     procedural.write(Path(config.out), bound, carriers, config.background)
     counts = bound.segment_ids.bincount(minlength=len(bound.segment_names)).tolist()
-    print(json.dumps(dict(zip(bound.segment_names, counts, strict=True)), indent=2))
-    return 0
+    return dict(zip(bound.segment_names, counts, strict=True))
+
+
+def main(argv: list[str]) -> int:
+    return action.run("bind", BindConfig, argv, __doc__, bind_file)

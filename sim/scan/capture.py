@@ -7,7 +7,6 @@ the photographs of `pictures` were taken (pycolmap, which is installed apart). W
 """
 
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bridge.config import command_line
 from bridge.embodiment import Embodiment
+from sim.scan import action
 from sim.scan import photos as photo_set
 from sim.scan.board import Board, hand_eye
 from sim.scan.photos import Photo
@@ -169,10 +168,4 @@ def _stand_in(
 
 
 def main(argv: list[str]) -> int:
-    config = command_line("twin-capture", CaptureConfig, argv, __doc__ or "")
-    try:
-        print(json.dumps(capture(config), indent=2))
-    except (ValueError, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return action.run("capture", CaptureConfig, argv, __doc__, capture)

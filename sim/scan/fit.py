@@ -7,7 +7,6 @@ that was interrupted goes on from its checkpoint.
 """
 
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bridge.config import command_line
 from bridge.pictures import area_resize
+from sim.scan import action
 from sim.scan import photos as photo_set
 from sim.scan.gaussians import Gaussians, draw
 from sim.scan.photos import Photo
@@ -36,6 +35,7 @@ SSIM_SHARE = 0.2  # of the loss; the rest is the mean absolute difference
 SHRINK = 0.01  # weight of mean opacity and mean size in the loss: what nothing needs fades
 MOVE_EVERY = 100  # steps between relocations, none in the last fifth
 FAR_M = 4.0
+UNSURE_LOGIT = -2.2  # of opacity: 0.1, for a point of unknown depth
 
 
 @dataclass
@@ -145,22 +145,24 @@ def along_rays(train: list[Photo], num: int, config: FitConfig) -> GaussianCloud
     """`num` round Gaussians with the colours of random pixels: on the table's plane (z = 0) where a pixel looks at it
     from nearby, half of the time, and anywhere along the ray else."""
     rng = np.random.default_rng(config.seed)
-    points, sizes, rgbs = [], [], []
+    points, sizes, rgbs, logits = [], [], [], []
     for photo, count in zip(train, np.diff(np.linspace(0, num, len(train) + 1).astype(int)), strict=True):
         u, v = rng.integers(0, photo.width, count), rng.integers(0, photo.height, count)
         rays = np.stack([u, v, np.ones(count)], axis=1) @ np.linalg.inv(photo.K).T @ photo.T_world_cam[:3, :3].T
         eye = photo.T_world_cam[:3, 3]
         depth = np.exp(rng.uniform(np.log(0.2), np.log(FAR_M), count))
         to_table = np.divide(-eye[2], rays[:, 2], out=np.full(count, np.inf), where=rays[:, 2] < -1e-3)
-        depth = np.where((to_table > 0) & (to_table < FAR_M) & (rng.random(count) < 0.5), to_table, depth)
+        on_table = (to_table > 0) & (to_table < FAR_M) & (rng.random(count) < 0.5)
+        depth = np.where(on_table, to_table, depth)
         points.append(eye + depth[:, None] * rays)
         sizes.append(0.5 * depth / photo.K[0, 0] * np.sqrt(photo.width * photo.height / max(1, count)))
         rgbs.append(photo.pixels()[v, u] / 255)
+        logits.append(np.where(on_table, 0.0, UNSURE_LOGIT))
     return GaussianCloud(
         means_m=torch.from_numpy(np.concatenate(points)).float(),
         quats_wxyz=torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(num, 1),
         log_scales=torch.from_numpy(np.log(np.concatenate(sizes))).float()[:, None].repeat(1, 3),
-        opacity_logits=torch.zeros(num),
+        opacity_logits=torch.from_numpy(np.concatenate(logits)).float(),
         sh=sample.flat_colour(torch.from_numpy(np.concatenate(rgbs)).float()),
         segment_ids=torch.zeros(num, dtype=torch.int64),
         segment_names=(WORLD,),
@@ -264,11 +266,4 @@ def picture(scene: SplatScene, photo: Photo, device: str, shrink: int = 1) -> Te
 
 
 def main(argv: list[str]) -> int:
-    config = command_line("twin-fit", FitConfig, argv, __doc__ or "")
-    try:
-        figures = fit(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(figures, indent=2))
-    return 0
+    return action.run("fit", FitConfig, argv, __doc__, fit)

@@ -142,7 +142,7 @@ def fit_cell(work: Path, size: dict[str, Any], device: torch.device) -> dict[str
 
 def check_cell(work: Path, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """On the photographs that the fit held out."""
-    settings = [f"scene={work}/scene", f"photos=[{work}/photos]", f"device={device}"]
+    settings = [f"scene={work}/scene", f"photos=[{work}/photos]", f"device={device}", "limit_px=1000"]
     found = check(load("twin-check", CheckConfig, settings))
     return {"scan_check_error_px": figure(found["error_px"], "px", n=found["corners"], p90_px=found["error_p90_px"])}
 

@@ -53,4 +53,5 @@ def test_a_wrong_calibration_shows(scene, photographs, tmp_path, capsys):
         assert main(settings) == 1
     finally:
         (photographs / photo_set.FILE).write_text(original)
-    assert json.loads(capsys.readouterr().out)["error_px"] == pytest.approx(0.05 * K[0, 0], abs=0.5)
+    assert "limit_px is 2.0" in capsys.readouterr().err
+    assert json.loads((tmp_path / "check.json").read_text())["error_px"] == pytest.approx(0.05 * K[0, 0], abs=0.5)
