@@ -153,8 +153,8 @@ def make_demos(size: Size, count: int, policy: Any, rank: int, ranks: int) -> Ra
 def algorithm(size: Size) -> AlgoConfig:
     """One demonstration for 20 samples, as RLinf's recipe."""
     return AlgoConfig(
-        batch_size=size.batch, micro_batch_size=size.micro_batch, critic_warmup_steps=0, target_kl=None, lr=4e-6,
-        value_lr=2e-4, gradient_report_every=0, sft_per_rl=max(0.05, 1 / size.micro_batch),
+        batch_size=size.batch, micro_batch_size=size.micro_batch, update_epochs=2, critic_warmup_steps=0, lr=4e-6,
+        target_kl=None, value_lr=2e-4, gradient_report_every=0, sft_per_rl=max(0.05, 1 / size.micro_batch),
     )  # fmt: skip
 
 
