@@ -3,6 +3,7 @@
 LIBERO keeps its MuJoCo (before 3.4) in a folder of its own, which a process that runs it puts before all others.
 """
 
+import atexit
 import contextlib
 import io
 import os
@@ -68,10 +69,12 @@ class LiberoScene:
         with contextlib.redirect_stdout(io.StringIO()):  # they greet
             from libero.libero import benchmark
             from libero.libero.envs.env_wrapper import ControlEnv
+            from mujoco import mj_step1, mj_step2
             from robosuite.utils.transform_utils import quat2axisangle
 
             suite = benchmark.get_benchmark(config.suite)()
-        self.config, self.embodiment, self._axis_angle = config, embodiment, quat2axisangle
+        self.config, self.embodiment = config, embodiment
+        self._axis_angle, self._mj_step1, self._mj_step2 = quat2axisangle, mj_step1, mj_step2
         self.instruction: str = suite.get_task(task).language
         self._starts = suite.get_task_init_states(task)  # float64 [50, n]
         self._control: Any = ControlEnv(
@@ -85,6 +88,7 @@ class LiberoScene:
         self._env = self._control.env
         self._env._observables = {}
         self._robot = self._env.robots[0]
+        atexit.register(self.close)  # before OpenGL goes; and until then it is not the garbage collector's
 
     def begin(self, trial: int) -> None:
         """Start number `trial` of the task, settled, with the hand open and at rest."""
@@ -146,6 +150,7 @@ class LiberoScene:
         return {name: sim.render(*size, camera_name=CAMERAS[name])[::-1, ::-1] for name in cameras}
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._make_current()
         self._control.close()
 
@@ -155,12 +160,16 @@ class LiberoScene:
             context.gl_ctx.make_current()
 
     def _drive(self, command: np.ndarray) -> None:
-        """A policy period under robosuite's controller: its own `step`, less the observations."""
+        """A policy period under robosuite's controller: its own `step`, less the observations, and less two of the
+        three times that it finds the same positions and velocities in every physics step."""
         env, sim = self._env, self._env.sim
+        model, data = sim.model._model, sim.data._data
+        sim.forward = _nothing
         for tick in range(int(env.control_timestep / env.model_timestep)):
-            sim.forward()
+            self._mj_step1(model, data)
             env._pre_action(command, tick == 0)
-            sim.step()
+            self._mj_step2(model, data)
+        del sim.forward
         env._post_process()  # lamps and stoves that are on
 
     def _tcp(self) -> np.ndarray:
@@ -175,3 +184,6 @@ class LiberoScene:
     def _in_base(self, name: str) -> np.ndarray:
         state = self._env.object_states_dict[name].get_geom_state()
         return (self._T_base_world @ np.append(state["pos"], 1.0))[:3]
+
+
+def _nothing() -> None: ...

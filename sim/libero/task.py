@@ -70,7 +70,7 @@ class LiberoTask(Episodes):
         return self.env.state(self.facts)
 
     def _give_back(self) -> None:
-        """A scene is never left to the garbage collector, which would free another one's pictures."""
+        """For the next who wants one of this task."""
         if self.scene is not None and _idle is not None:
             _idle.setdefault(self._key, []).append(self.scene)
             self.scene = None

@@ -59,12 +59,12 @@ def main() -> None:
     merge(args.out, figures)
 
 
-def merge(path: Path, figures: dict[str, Any]) -> None:
+def merge(path: Path, figures: dict[str, Any], name: str = "twin") -> None:
     """Each of our figures names its own machine; the file's head stays that of whoever wrote it first."""
     machine = {"cpu_cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    head = {"name": "twin", "date": time.strftime("%Y-%m-%d"), "commit": commit}
-    head |= {"command": "python -m tests.bench.bench_twin", "machine": machine, "figures": {}}
+    head = {"name": name, "date": time.strftime("%Y-%m-%d"), "commit": commit}
+    head |= {"command": f"python -m tests.bench.bench_{name}", "machine": machine, "figures": {}}
     found = json.loads(path.read_text()) if path.exists() else head
     where = {"machine": machine, "commit": commit, "date": head["date"], "command": head["command"]}
     for name, one in figures.items():  # tables show one machine a file, so a figure of another says so itself
