@@ -16,8 +16,8 @@ from scipy.spatial import KDTree
 from bridge import pose
 from bridge.embodiment import Embodiment
 from sim.scan import action
+from sim.scan.arm import Links
 from sim.scan.fit import WORLD
-from sim.scan.views import Links
 from sim.splat import ply, procedural
 from sim.splat.cloud import GaussianCloud, merge
 from sim.splat.render import invert_rigid

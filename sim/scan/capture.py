@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from bridge.embodiment import Embodiment
 from sim.scan import action
 from sim.scan import photos as photo_set
+from sim.scan.arm import Links, Reach, of_wrist
 from sim.scan.board import Board, hand_eye
 from sim.scan.photos import Photo
-from sim.scan.views import Links, Reach, around, of_wrist
+from sim.scan.views import around
 from sim.stand_in.config import CellConfig
 
 SOURCES = ("robot", "stand_in", "colmap")
@@ -115,17 +115,9 @@ def capture(config: CaptureConfig) -> dict[str, Any]:
         (out / CALIBRATION).write_text(json.dumps({"K": K.tolist(), "T_tcp_cam": T_tcp_cam.tolist()} | figures) + "\n")
     for index, shot in enumerate(shots):
         name = f"{config.camera}_{index:04d}.png"
-        photos.append(store(out / name, shot.pixels, K, shot.T_base_tcp @ T_tcp_cam, shot.bodies))
+        photos.append(photo_set.store(out / name, shot.pixels, K, shot.T_base_tcp @ T_tcp_cam, shot.bodies))
     photo_set.save(out, photos)
     return figures | {"photographs": len(photos)}
-
-
-def store(
-    path: Path, pixels: np.ndarray, K: np.ndarray, T_world_cam: np.ndarray, bodies: dict[str, np.ndarray]
-) -> Photo:
-    """Write the picture; what `photos.save` needs to know of it."""
-    Image.fromarray(pixels).save(path)
-    return Photo(path, pixels.shape[1], pixels.shape[0], K, T_world_cam, bodies)
 
 
 def _calibration(config: CaptureConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +154,7 @@ def _stand_in(
     for index, T in enumerate(tqdm(held, desc="hand-held", unit="view")):
         q = stands[index * len(stands) // len(held)]
         pixels, bodies = person.shoot(HAND_HELD, q, open_m, T), person.bodies(q, open_m, names)
-        photos.append(store(out / f"{HAND_HELD}_{index:04d}.png", pixels, HAND_CAMERA.intrinsics, T, bodies))
+        photos.append(photo_set.store(out / f"{HAND_HELD}_{index:04d}.png", pixels, HAND_CAMERA.intrinsics, T, bodies))
     person.close()
     return shots, photos
 

@@ -18,8 +18,8 @@ from sensor_msgs.msg import Image, JointState
 from tqdm import tqdm
 
 from bridge import pose
+from sim.scan.arm import Links
 from sim.scan.capture import ROBOT, CaptureConfig, Shot
-from sim.scan.views import Links
 from sim.stand_in.expert_node import TargetEstimate
 
 START_PATIENCE_S = 20.0  # of wall time, for the first messages

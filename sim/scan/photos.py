@@ -68,6 +68,14 @@ def load(folder: Path) -> list[Photo]:
     return photos
 
 
+def store(
+    path: Path, pixels: np.ndarray, K: np.ndarray, T_world_cam: np.ndarray, bodies: dict[str, np.ndarray]
+) -> Photo:
+    """Write a picture uint8 [H, W, 3]; what `save` needs to know of it."""
+    Image.fromarray(pixels).save(path)
+    return Photo(path, pixels.shape[1], pixels.shape[0], K, T_world_cam, bodies)
+
+
 def save(folder: Path, photos: list[Photo]) -> None:
     """Write `transforms.json`; the pictures lie in `folder` already."""
     frames = []

@@ -10,7 +10,7 @@ import numpy as np
 
 from bridge.embodiment import Camera, Embodiment
 from bridge.pose import pose, quat_xyzw_from_matrix
-from sim.scan.views import Links
+from sim.scan.arm import Links
 from sim.stand_in.config import CellConfig
 from sim.stand_in.scene import PictureMaker
 from sim.stand_in.world import World

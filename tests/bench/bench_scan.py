@@ -150,9 +150,9 @@ def check_cell(work: Path, size: dict[str, Any], device: torch.device) -> dict[s
 def policy_pictures(work: Path, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Mean scores of both renderers' pictures beside the stand-in's, over states of a reach in unseen scenes."""
     from sim.expert import R_DOWN
+    from sim.scan.arm import Reach
     from sim.scan.capture import CaptureConfig
     from sim.scan.stand_in import StandInPhotographer
-    from sim.scan.views import Reach
     from sim.twin.replay_report import put
     from sim.twin.worker import Twin
 

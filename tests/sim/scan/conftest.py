@@ -8,8 +8,7 @@ import torch
 
 from bridge.pose import matrix_from_rpy, pose
 from sim.scan import photos as photo_set
-from sim.scan.capture import store
-from sim.scan.photos import Photo
+from sim.scan.photos import Photo, store
 from sim.scan.views import around
 from sim.splat import procedural, sample
 from sim.splat.cloud import GaussianCloud, merge

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from bridge.config import load as load_config
+from sim.scan.arm import Links
 from sim.scan.bind import BindConfig, Box, bind, main
-from sim.scan.views import Links, look_at
+from sim.scan.views import look_at
 from sim.splat import ply, procedural
 from sim.splat.cloud import GaussianCloud, merge
 from sim.splat.render import Cameras, render

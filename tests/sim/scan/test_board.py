@@ -7,10 +7,11 @@ from scipy.spatial.transform import Rotation
 
 from bridge import pose
 from bridge.config import load
+from sim.scan.arm import Reach, of_wrist
 from sim.scan.board import Board, closed_form, find, hand_eye
 from sim.scan.capture import CaptureConfig
 from sim.scan.stand_in import StandInPhotographer
-from sim.scan.views import Reach, around, of_wrist
+from sim.scan.views import around
 from sim.stand_in.config import Chessboard
 
 BOARD = Board(columns=9, rows=6, square_m=0.02)

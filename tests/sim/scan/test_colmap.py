@@ -9,8 +9,8 @@ import pytest
 from bridge import pose
 from bridge.config import load
 from sim.scan import photos as photo_set
-from sim.scan.capture import CaptureConfig, capture, store
-from sim.scan.photos import Photo
+from sim.scan.capture import CaptureConfig, capture
+from sim.scan.photos import Photo, store
 from sim.scan.views import around
 
 pytest.importorskip("pycolmap")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bridge.pose import matrix_from_rpy, pose
 from sim.scan import photos
-from sim.scan.capture import store
+from sim.scan.photos import store
 
 K = np.array([[500.0, 0, 31.5], [0, 510.0, 23.5], [0, 0, 1]])
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from bridge.config import load
+from sim.scan.arm import Links, Reach, of_wrist
 from sim.scan.capture import ROBOT, CaptureConfig
-from sim.scan.views import Links, Reach, around, look_at, of_wrist
+from sim.scan.views import around, look_at
 from sim.stand_in.kinematics import ArmKinematics
 
 
