@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from geometry_msgs.msg import PoseStamped
 from rclpy.callback_groups import ReentrantCallbackGroup
@@ -25,7 +24,6 @@ from rclpy.task import Future
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import SetBool, Trigger
 
-from bridge import pose
 from bridge.dataset import DatasetStore
 from bridge.demo_stream import DemoSender
 from bridge.episode import finished_episodes, remove_episode, remove_unfinished, set_aside_unfinished
@@ -37,6 +35,7 @@ from robot.diagnostics import Diagnostics
 from robot.images import picture_of
 from robot.recorder import EpisodeRecorder, RecorderConfig
 from robot.spin import run_node
+from robot.stamped import matrix_of, stamp_ns
 
 STATUS_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.05
@@ -78,10 +77,10 @@ class RecorderNode(Node):
 
         track = self.recorder.aligner.sample
         for name in ("tcp_pose", "target_pose", "requested_pose"):
-            self._subscribe(PoseStamped, name, lambda m, n=name: track(n, _stamp_ns(m), _matrix(m)))
+            self._subscribe(PoseStamped, name, lambda m, n=name: track(n, stamp_ns(m), matrix_of(m)))
         self._subscribe(JointState, "joint_states", self._on_joints)
-        self._subscribe(JointState, "gripper_command", lambda m: track("gripper", _stamp_ns(m), tuple(m.position)))
-        self._subscribe(JointState, "teleop/action", lambda m: self.recorder.aligner.teleop(_stamp_ns(m)))
+        self._subscribe(JointState, "gripper_command", lambda m: track("gripper", stamp_ns(m), tuple(m.position)))
+        self._subscribe(JointState, "teleop/action", lambda m: self.recorder.aligner.teleop(stamp_ns(m)))
         for camera in self.embodiment.cameras:
             self._subscribe(Image, f"{camera}/image_raw", lambda m, c=camera: self._on_image(c, m), raw=True)
         self.create_service(Trigger, "start_episode", self._on_start)
@@ -127,12 +126,12 @@ class RecorderNode(Node):
 
     def _on_joints(self, message: JointState) -> None:
         if message.name and message.name[-1] == "gripper_opening":
-            self.recorder.aligner.sample("opening", _stamp_ns(message), message.position[-1])
+            self.recorder.aligner.sample("opening", stamp_ns(message), message.position[-1])
 
     def _on_image(self, camera: str, raw: bytes) -> None:
         if self.recorder.recording:  # between episodes pictures are not even unpacked
             message = deserialize_message(raw, Image)
-            self.recorder.image(camera, _stamp_ns(message), picture_of(message))
+            self.recorder.image(camera, stamp_ns(message), picture_of(message))
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         with self._answering(response):
@@ -201,15 +200,6 @@ class RecorderNode(Node):
         level = DiagnosticStatus.ERROR if broken else DiagnosticStatus.OK
         text = broken or ("recording" if self.recorder.recording else "waiting")
         return DiagnosticStatus(level=level, name="recorder", message=text, values=pairs)
-
-
-def _stamp_ns(message: Any) -> int:
-    return message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
-
-
-def _matrix(message: PoseStamped) -> np.ndarray:
-    p, q = message.pose.position, message.pose.orientation
-    return pose.pose(np.array([p.x, p.y, p.z]), pose.matrix_from_quat_xyzw(np.array([q.x, q.y, q.z, q.w])))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,10 +5,8 @@ Pictures are kept as they came off the wire; only the few that a policy sees are
 """
 
 import json
-import struct
 import sys
 import threading
-from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
@@ -33,6 +31,7 @@ from robot.images import picture_of_raw
 from robot.observer import Observer
 from robot.runtime import GridLoop, Runtime
 from robot.spin import run_node
+from robot.stamped import matrix_of, stamp_ns, stamp_ns_of_raw
 
 STATUS_PERIOD_S = 0.2
 
@@ -84,16 +83,14 @@ class RuntimeNode(Node):
         self._action.publish(message)
 
     def _on_image(self, camera: str, raw: bytes) -> None:
-        self.observer.add_picture(camera, _stamp_of(raw), raw)
+        self.observer.add_picture(camera, stamp_ns_of_raw(raw), raw)
 
     def _on_pose(self, message: PoseStamped) -> None:
-        p, q = message.pose.position, message.pose.orientation
-        T_base_tcp = pose.pose([p.x, p.y, p.z], pose.matrix_from_quat_xyzw([q.x, q.y, q.z, q.w]))
-        self.observer.add_pose(_nanoseconds(message.header.stamp), T_base_tcp)
+        self.observer.add_pose(stamp_ns(message), matrix_of(message))
 
     def _on_joints(self, message: JointState) -> None:
         opening_m = message.position[message.name.index("gripper_opening")]
-        self.observer.add_opening(_nanoseconds(message.header.stamp), opening_m)
+        self.observer.add_opening(stamp_ns(message), opening_m)
 
     def _on_teleop(self, message: JointState) -> None:
         try:
@@ -152,16 +149,6 @@ def policy_client(config: RuntimeConfig, embodiment: Embodiment) -> PolicyClient
         picture_coding=config.picture_coding,
         resize_pictures=config.resize_pictures,
     )
-
-
-def _nanoseconds(stamp: Any) -> int:
-    return stamp.sec * 1_000_000_000 + stamp.nanosec
-
-
-def _stamp_of(raw: bytes) -> int:
-    """Stamp of a serialised message that begins with a header: CDR puts it after four bytes with the byte order."""
-    sec, nanosec = struct.unpack_from("<iI" if raw[1] & 1 else ">iI", raw, 4)
-    return sec * 1_000_000_000 + nanosec
 
 
 def main(argv: list[str] | None = None) -> int:
