@@ -129,11 +129,14 @@ def start(config: FitConfig, train: list[Photo]) -> tuple[GaussianCloud, dict[st
             known = {s.name: {s.kind: s.body} for s in scene.segments if s.kind != "fixed"}
         else:
             whole, known = procedural.tabletop(procedural.panda_urdf(), num // 2, TwinConfig(task=config.task))
-        if unknown := sorted(set(names) - {n for n in known if n in whole.segment_names}):
+        if unknown := sorted(set(names) - set(known)):
             raise ValueError(f"photographs name bodies {unknown} that the first scene lacks; it has {sorted(known)}")
         parts = [whole.select_segments([name]).bind(name) for name in names]
         carriers = {name: known[name] for name in names}
-    whole = merge([along_rays(train, num - sum(map(len, parts)), config), *parts])
+    left = num - sum(map(len, parts))
+    if left < len(train):
+        raise ValueError(f"num_gaussians {num}: {num - left} are the bodies' own, too few are left for all else")
+    whole = merge([along_rays(train, left, config), *parts])
     num_sh = (config.degree + 1) ** 2
     sh = torch.nn.functional.pad(whole.sh, (0, 0, 0, max(0, num_sh - whole.sh.shape[1])))[:, :num_sh]
     eyes = np.stack([photo.T_world_cam[:3, 3] for photo in train])
