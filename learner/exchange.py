@@ -14,16 +14,15 @@ from torch import Tensor
 from learner.rollouts import Rollouts, mapped
 
 PATIENCE = timedelta(minutes=10)  # a first rollout compiles for minutes
-BACKENDS = ("nccl", "gloo")
 
 
-def open_store(meeting: str, host: bool = False) -> dist.Store:
+def open_store(meeting: str) -> dist.Store:
     """Where processes find each other: `file:PATH` on one machine, `tcp:HOST:PORT` on several."""
     kind, _, place = meeting.partition(":")
     if kind == "file":
         return dist.FileStore(place, -1)
     name, _, port = place.rpartition(":")
-    return dist.TCPStore(name, int(port), is_master=host, wait_for_workers=False, timeout=PATIENCE)
+    return dist.TCPStore(name, int(port), wait_for_workers=False, timeout=PATIENCE)
 
 
 class Exchange:

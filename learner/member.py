@@ -59,12 +59,10 @@ class Member:
             stages = [RemoteEnvs(starts[k * size : (k + 1) * size], envs) for k in range(job.stages)]
             self.player = RolloutWorker(self.policy, stages, job.algo, job.seed, seat.rollout)
 
-    def host(self) -> str:
-        """Where the members of several machines meet; asked of seat 0."""
-        import ray
-
-        self.store = dist.TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False)
-        return f"tcp:{self.store.host}:{self.store.port}"
+    def host(self, address: str) -> str:
+        """Where the members of several machines meet; asked of seat 0, whose machine has this address."""
+        self.store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return f"tcp:{address}:{self.store.port}"
 
     def join(self, meeting: str, backend: str) -> None:
         """Actors meet for good, and build their workers."""
@@ -107,9 +105,6 @@ class Member:
         self._rest()
         return light, {"rollout": rollout_s, "env": self._env_seconds("busy_s") - busy_s}
 
-    def env_handles(self) -> list[Handle]:
-        return [handle for env in self.player.envs for handle in env.handles]
-
     # -- what an update worker is asked ------------------------------------------------------------------------------
 
     def update(
@@ -145,8 +140,7 @@ class Member:
 
     def trade(self, parcels: list[Parcel]) -> None:
         """Samples to whom they are needed by."""
-        if parcels:
-            self.came = self.pantry.trade(parcels, self.exchange)
+        self.came = self.pantry.trade(parcels, self.exchange)
 
     def changed(self, everything: bool) -> list[str]:
         return self.weights.changed(everything)

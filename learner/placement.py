@@ -57,8 +57,9 @@ class Troupe:
     def begin(self) -> None:
         for seat in self.seats:  # one by one, so that none is left behind when a start fails
             self.members.append(self._start(seat))
-        several = any(seat.place.node for seat in self.seats)
-        self.meeting = self.members[0].call("host").get() if several else f"file:{self.folder.name}/meeting"
+        self.meeting = f"file:{self.folder.name}/meeting"
+        if any(seat.place.node for seat in self.seats):
+            self.meeting = self.members[0].call("host", self.launcher.address(self.seats[0].place)).get()
         self._ask(self.members[: self.actors], "join", self.meeting, self._backend(self.seats[: self.actors]))
         self._meet()
 
@@ -225,7 +226,7 @@ def opened_launcher(on_ray: bool, placement: Placement) -> Iterator[Launcher]:
     if owned:
         start_ray()
     try:
-        nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        nodes = sorted((node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"])
         wanted = 1 + max(process.node for processes in placement.values() for process in processes)
         if len(nodes) < wanted:
             raise ValueError(f"component_placement needs {wanted} nodes; the Ray cluster has {len(nodes)}")
@@ -253,14 +254,18 @@ def start_ray() -> None:
 class RayLauncher:
     """Actors of a Ray cluster. GPUs are given by name, not by Ray, so that components may share them."""
 
-    def __init__(self, nodes: list[str]):
+    def __init__(self, nodes: list[tuple[str, str]]):
+        """Each with its id and its address."""
         self.nodes = nodes
+
+    def address(self, place: Process) -> str:
+        return self.nodes[place.node][1]
 
     def start(self, name: str, build: Callable[..., Any], arguments: tuple, place: Process, device: str) -> "RayWorker":
         variables = local_environment(place, device) | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
         if len(self.nodes) > 1:
             variables = {name: value for name, value in variables.items() if not name.endswith("_SOCKET_IFNAME")}
-        strategy = NodeAffinitySchedulingStrategy(self.nodes[place.node], soft=False)
+        strategy = NodeAffinitySchedulingStrategy(self.nodes[place.node][0], soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": strategy, "runtime_env": {"env_vars": variables}}
         return RayWorker(name, ray.remote(_Served).options(**options).remote(build, arguments))
 

@@ -46,9 +46,15 @@ class Launcher(Protocol):
 
     def start(self, name: str, build: Callable[..., Any], arguments: tuple, place: Process, device: str) -> Handle: ...
 
+    def address(self, place: Process) -> str:
+        """Of the machine, where others reach it."""
+
 
 class Spawn:
     """Everything on this machine: places differ by their GPUs alone."""
+
+    def address(self, place: Process) -> str:
+        return "127.0.0.1"
 
     def start(
         self, name: str, build: Callable[..., Any], arguments: tuple, place: Process, device: str

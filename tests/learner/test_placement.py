@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from learner.exchange import Exchange
@@ -271,12 +272,15 @@ def test_on_ray_the_curve_is_that_of_one_process(alone):
         assert curve(trainer) == alone[0]
 
 
-def test_weights_travel_where_they_were_written(tmp_path):
+@pytest.mark.parametrize("kind", ["file", "tcp"])
+def test_weights_travel_where_they_were_written(tmp_path, kind):
     """Two processes by gloo: the receiver ends with the sender's weights, and only what changed was sent."""
     policy = make_policy("cpu")
     with torch.no_grad():
         policy.expert.action_out.bias += 1
-    mp.start_processes(synced, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"file": f"file:{tmp_path}/meeting", "tcp": f"tcp:127.0.0.1:{store.port}"}[kind]
+    mp.start_processes(synced, args=(str(tmp_path), meeting), nprocs=2, start_method="fork")
     sent_bytes = torch.load(tmp_path / "0.pt", weights_only=True)
     everything = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     everything += sum(buffer.nbytes for name, buffer in policy.named_buffers() if name in policy.state_dict())
@@ -285,9 +289,9 @@ def test_weights_travel_where_they_were_written(tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in policy.state_dict().items())
 
 
-def synced(rank, folder):
+def synced(rank, folder, meeting):
     torch.set_num_threads(1)
-    policy, exchange = make_policy("cpu"), Exchange(f"file:{folder}/meeting", "weights", rank, 2, "gloo")
+    policy, exchange = make_policy("cpu"), Exchange(meeting, "weights", rank, 2, "gloo")
     if rank == 0:
         source, sent = WeightSource(policy), []
         with torch.no_grad():
