@@ -131,6 +131,8 @@ class Troupe:
 
     def _backend(self, seats: list[Seat]) -> str:
         """NCCL where each process has a GPU of its own; two of one GPU cannot meet there."""
+        if self.job.cluster.carrier:
+            return self.job.cluster.carrier
         places = {(seat.place.node, seat.place.devices) for seat in seats}
         return "nccl" if self.job.device == "cuda" and len(places) == len(seats) else "gloo"
 

@@ -17,6 +17,7 @@ from typing import Any
 
 COMPONENTS = ("env", "rollout", "actor")
 LAUNCHERS = ("", "processes", "ray")
+CARRIERS = ("", "nccl", "gloo")
 
 
 @dataclass
@@ -27,6 +28,7 @@ class ClusterConfig:
     gpus_per_node: int = 0  # 0: those found here; a machine without GPUs counts as one slot
     component_placement: dict[str, Any] = field(default_factory=dict)
     launcher: str = ""  # processes of this machine, or ray; empty: ray for several nodes or where RAY_ADDRESS is set
+    carrier: str = ""  # of samples, weights and gradients: nccl, gloo; empty: nccl where each process has its own GPU
     sharded: bool = False  # actors share weights that train, gradients and moments (FSDP2); else whole copies
     offload: bool = False  # what waits for its turn leaves the GPU: whole moments, weights that only roll out
     asynchronous: bool = False  # the next iteration is played while this one's update runs: samples one update old
@@ -36,6 +38,8 @@ class ClusterConfig:
             raise ValueError(f"num_nodes {self.num_nodes}, gpus_per_node {self.gpus_per_node}: at least 1 and 0")
         if self.launcher not in LAUNCHERS:
             raise ValueError(f"launcher {self.launcher!r}: allowed are {', '.join(filter(None, LAUNCHERS))} or nothing")
+        if self.carrier not in CARRIERS:
+            raise ValueError(f"carrier {self.carrier!r}: allowed are {', '.join(filter(None, CARRIERS))} or nothing")
         if self.num_nodes > 1 and self.launcher == "processes":
             raise ValueError(f"launcher processes reaches one machine, not num_nodes {self.num_nodes}: use ray")
         asked = [name for name in ("sharded", "offload", "asynchronous") if getattr(self, name)]

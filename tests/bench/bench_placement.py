@@ -161,6 +161,7 @@ def algorithm(size: Size) -> AlgoConfig:
 @dataclass
 class Bench:
     size: Size
+    carrier: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -176,7 +177,7 @@ def placement(bench: Bench, name: str) -> None:
     size, (places, stages) = bench.size, PLACEMENTS[name]
     algo, began_s = algorithm(size), time.perf_counter()
     options = {key: key in name for key in ("asynchronous", "sharded")}
-    cluster = ClusterConfig(component_placement=places, launcher="processes", **options)
+    cluster = ClusterConfig(component_placement=places, launcher="processes", carrier=bench.carrier, **options)
     job = Job(
         make_policy=functools.partial(make_policy, size),
         make_env=functools.partial(PacedEnvs, size),
@@ -271,8 +272,9 @@ def main() -> None:
     parts = ["update", *PLACEMENTS]
     parser.add_argument("--only", nargs="*", default=parts[:-1], choices=parts)
     parser.add_argument("--commit", default=None, help="recorded commit, where there is no git")
+    parser.add_argument("--carrier", default="", choices=["nccl", "gloo"], help="of samples and weights, not as fits")
     args = parser.parse_args()
-    bench = Bench(TINY if args.tiny else FULL)
+    bench = Bench(TINY if args.tiny else FULL, args.carrier)
     began_s = time.perf_counter()
     for name in args.only:
         update(bench) if name == "update" else placement(bench, name)

@@ -249,6 +249,7 @@ def test_what_a_worker_raises_is_raised_here():
         ({"sharded": True}, "cluster.sharded need a cluster.component_placement"),
         ({"launcher": "slurm"}, "allowed are processes, ray"),
         ({"launcher": "processes", "num_nodes": 2}, "reaches one machine"),
+        ({"carrier": "mpi"}, "allowed are nccl, gloo"),
         ({"offload": True, "asynchronous": True, "component_placement": {"env": 0}}, "wait for no turn"),
     ],
 )
