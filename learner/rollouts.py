@@ -143,6 +143,7 @@ def collect(
     generator: torch.Generator,
     version: int = 0,
     watch: Watch | None = None,
+    bootstrap_truncation: bool = True,
 ) -> Rollouts:
     """One whole episode for each seed; an environment takes the next seed when its episode ends and rests when none is
     left. Whole episodes, because those that fit a fixed number of queries are the short ones, and short ones are the
@@ -166,7 +167,8 @@ def collect(
                 except StopIteration as end:
                     played[k] = end.value
                     del stages[k]
-    parts = [_rollouts(*played[k], envs[k].num_envs, gamma, gae_lambda, version) for k in sorted(played)]
+    counting = gamma, gae_lambda, bootstrap_truncation
+    parts = [_rollouts(*played[k], envs[k].num_envs, *counting, version) for k in sorted(played)]
     return Rollouts.concatenate(parts)
 
 
@@ -236,7 +238,13 @@ def _play(
 
 
 def _rollouts(
-    steps: list[_Query], episodes: list[Episode], num_envs: int, gamma: float, gae_lambda: float, version: int
+    steps: list[_Query],
+    episodes: list[Episode],
+    num_envs: int,
+    gamma: float,
+    gae_lambda: float,
+    bootstrap_truncation: bool,
+    version: int,
 ) -> Rollouts:
     """GAE along each environment's queries; those of a resting environment and of lost episodes have no sample."""
     device = steps[0].next_value.device
@@ -246,9 +254,10 @@ def _rollouts(
     for t, step in enumerate(steps):
         row, result = step.active, step.result
         earned = torch.from_numpy((result.reward * result.valid).sum(1)).float().to(device)
-        # A time limit is no fact of the task, so an episode that it cut is worth what its last picture promises; a
-        # terminated one is worth nothing more.
-        terminated = torch.from_numpy(result.terminated.any(1)).to(device)
+        # A terminated episode is worth nothing more. One that a time limit cut is worth what its last picture promises,
+        # unless the limit belongs to the task: then it has failed.
+        final = result.terminated.any(1) if bootstrap_truncation else is_over(result)
+        terminated = torch.from_numpy(final).to(device)
         reward[t, row], value[t, row], taken[t, row] = earned, step.sample.value, True
         next_value[t, row] = torch.where(terminated, 0.0, step.next_value)
         ended[t, row] = torch.from_numpy(is_over(result)).to(device)

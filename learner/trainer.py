@@ -58,7 +58,8 @@ class RolloutWorker:
         self.policy.set_noise_level(annealed_noise_level(self.policy.config.flow, iteration))
         generator = stream(self.seed, ROLLOUT, iteration, attempt, self.rank)
         gamma, gae_lambda = self.algo.gamma, self.algo.gae_lambda
-        rollouts = collect(self.envs, self.policy, seeds, gamma, gae_lambda, generator, self.version, film)
+        bootstrap = self.algo.bootstrap_truncation
+        rollouts = collect(self.envs, self.policy, seeds, gamma, gae_lambda, generator, self.version, film, bootstrap)
         if film:
             film.save()
         return rollouts

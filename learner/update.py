@@ -38,6 +38,7 @@ class AlgoConfig:
     level: str = "chunk"  # what one probability ratio is of: chunk, action, token
     gamma: float = 0.99
     gae_lambda: float = 0.95
+    bootstrap_truncation: bool = True  # ppo: an episode cut by its time limit is worth its last value; false: it failed
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
     dual_clip: float | None = None  # c > 1: a bad action's loss is at most c |A|
@@ -52,15 +53,15 @@ class AlgoConfig:
     sft_per_rl: float = 0.25  # demonstrations for each RL sample of an optimiser step
     sft_gradient_share: float | None = None  # beta follows: |beta g_sft| / (|g_rl| + |beta g_sft|) is held at this
     beta_max: float = 100.0  # of a beta that follows
-    lr: float = 2e-5
+    lr: float = 1e-4
     value_lr: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 1.0
-    update_epochs: int = 2
-    batch_size: int = 64  # RL samples (policy queries) of an optimiser step, over all ranks
-    micro_batch_size: int = 64  # of one backward pass on one rank
-    critic_warmup_steps: int = 4  # ppo: optimiser steps at the start that train the value head alone
+    update_epochs: int = 4
+    batch_size: int = 256  # RL samples (policy queries) of an optimiser step, over all ranks
+    micro_batch_size: int = 256  # of one backward pass on one rank
+    critic_warmup_steps: int = 8  # ppo: optimiser steps at the start that train the value head alone
     target_kl: float | None = 0.05  # end an iteration's updates when approx_kl exceeds it; None: never
     gradient_report_every: int = 10  # optimiser steps between comparisons of the two terms' gradients; 0: never
 
