@@ -107,7 +107,8 @@ def train(part: str, args: argparse.Namespace) -> dict[str, Any]:
 
     stage("libero_demos", "twin-demos", "world=libero", "embodiment=libero", f"episodes={args.demos}", *libero)
     device = f"device={args.device}"
-    first = stage("sft", "sft", "embodiment=libero", f"max_seconds={args.sft_seconds}", "batch_size=64", device)
+    learnt = ["embodiment=libero", "policy.max_words=24", f"max_seconds={args.sft_seconds}", "batch_size=64"]
+    first = stage("sft", "sft", *learnt, device)
     before = evaluated("eval_sft", first["version"])
     figures = {}
     for algorithm in ("ppo", "grpo"):
