@@ -156,6 +156,10 @@ class Member:
             self.player.version = version
         return sent
 
+    def close(self) -> None:
+        for env in self.player.envs if self.player else ():
+            env.close()
+
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _gathered(self, part: Rollouts) -> Rollouts:

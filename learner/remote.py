@@ -4,7 +4,7 @@
     answer = handle.call("reset", [1, 2, 3, 4], [0, 1, 2, 3])     # at work from here on
     views = answer.get()                                          # raises WorkerDied when the process is gone
 
-Calls are answered in order. A worker ends with the process that started it, however that ends.
+Calls are answered in order. A worker (which has a `close()`) ends with the process that started it, however that ends.
 """
 
 import os
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch.multiprocessing as mp
 
 from learner.placement_map import Process
+
+CLOSING_S = 5.0
 
 
 class WorkerDied(RuntimeError):
@@ -122,12 +124,14 @@ class SpawnedWorker:
         return self.process.is_alive()
 
     def kill(self) -> None:
+        """One that is waiting for calls closes what it holds and ends; one at work is ended."""
+        self.connection.close()
+        self.process.join(CLOSING_S)
         self.process.kill()
         self.process.join()
-        self.connection.close()
 
     def _all_lost(self) -> None:
-        self.process.join(5.0)
+        self.process.join(CLOSING_S)
         code = self.process.exitcode
         how = "is gone" if code is None else f"died by signal {-code}" if code < 0 else f"ended with status {code}"
         for answer in self.pending:
@@ -136,7 +140,7 @@ class SpawnedWorker:
 
 
 def _serve(connection: Any, build: Callable[..., Any], arguments: tuple, environment: dict[str, str]) -> None:
-    """The process's whole life: build, then answer until the other end is closed."""
+    """The process's whole life: build, then answer until the other end is closed; then close."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it decides when it ends
     worker = _outcome(build, arguments)
@@ -152,6 +156,8 @@ def _serve(connection: Any, build: Callable[..., Any], arguments: tuple, environ
             connection.send(outcome)
         except (BrokenPipeError, ConnectionResetError):
             break
+    if not failed:
+        worker.close()
     os._exit(0)  # whatever its libraries still hold: nobody is waiting
 
 

@@ -32,6 +32,9 @@ class EnvProcess:
         fields = {name: getattr(result, name) for name in RESULT_FIELDS}
         return copied(result.observation), fields, time.perf_counter() - began_s
 
+    def close(self) -> None:
+        self.env.close()
+
 
 def copied(views: Views) -> SimpleNamespace:
     """A copy: pictures may be a worker's own memory."""

@@ -90,6 +90,17 @@ def make_env(num_envs, seed):
     return ToyVectorEnv(tabletop(), num_envs, max_steps=6, size=SIZE)
 
 
+class ClosingEnv(ToyVectorEnv):
+    def close(self):
+        open(self.mark, "w").close()
+
+
+def make_closing(mark, num_envs, seed):
+    env = ClosingEnv(tabletop(), num_envs, max_steps=6, size=SIZE)
+    env.mark = str(mark)
+    return env
+
+
 def no_demos(policy, rank, ranks):
     return None
 
@@ -130,8 +141,8 @@ def test_ranks_get_what_they_have_already():
 
 
 @pytest.mark.parametrize("placement", [pytest.param(COLLOCATED, marks=pytest.mark.slow), APART])
-def test_in_processes_the_curve_is_that_of_one(alone, placement):
-    with placed_trainer(job(), placement, 4) as trainer:
+def test_in_processes_the_curve_is_that_of_one(alone, placement, tmp_path):
+    with placed_trainer(job(functools.partial(make_closing, tmp_path / "closed")), placement, 4) as trainer:
         ours = [trainer.iterate() for _ in range(2)]
         weights = trainer.state_dict()["worker"]["policy"]
     for mine, other in zip(ours, alone[0], strict=True):
@@ -139,6 +150,7 @@ def test_in_processes_the_curve_is_that_of_one(alone, placement):
         assert all(0 <= mine[f"time/{name}_idle_share"] < 1 for name in ("env", "rollout", "actor"))
     assert all(torch.equal(weights[name], value) for name, value in alone[1].items())
     assert ours[1]["rollout/weights_version"] == ours[0]["actor/optimizer_steps"]
+    assert (tmp_path / "closed").exists()
 
 
 @pytest.mark.slow  # six processes, one after the other
