@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=64, help="of an iteration")
     parser.add_argument("--envs", type=int, default=32)
     parser.add_argument("--trials", type=int, default=100, help="of each evaluation")
+    parser.add_argument("--keys", nargs="*", default=[], help="train: more keys for all that plays LIBERO")
     args = parser.parse_args()
     measure = {"state": speed, "rgb": speed, "train": train}
     figures: dict[str, Any] = {}
@@ -87,7 +88,7 @@ def own_steps_per_s(packages: str, steps: int, shown: bool) -> float:
 
 def train(part: str, args: argparse.Namespace) -> dict[str, Any]:
     run = Path(args.run)
-    small = ["libero.picture_width=128", "libero.picture_height=128", "libero.scenes=6"]
+    small = ["libero.picture_width=128", "libero.picture_height=128", "libero.scenes=6", *args.keys]
     libero = [f"libero.suite={SUITE}", *small, f"workers={args.workers}"]
 
     def stage(name: str, command: str, *keys: str) -> dict[str, Any]:
