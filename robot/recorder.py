@@ -110,8 +110,8 @@ class Aligner:
 
     def image(self, camera: str, stamp_ns: int, picture: np.ndarray) -> None:
         """uint8 [H, W, 3], not written to afterwards."""
-        if stamp_ns > self._end_ns:
-            return
+        if stamp_ns > self._end_ns + (camera != self.config.row_camera) * self.config.period_ns // 2:
+            return  # another camera's picture may belong to the last row and be a little younger
         if camera != self.config.row_camera:
             frames = self._frames[camera]
             if frames and stamp_ns <= frames[-1][0]:
@@ -137,6 +137,14 @@ class Aligner:
         if self._newest_ns < 0:
             return 0
         return min(self._end_ns, max(track.newest_ns for track in self._tracks.values())) - self._newest_ns
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether every camera's pictures have come up to the end."""
+        if self.lag_ns > 1.5 * self.config.period_ns:
+            return False
+        last_ns = self._newest_ns - self.config.period_ns // 2
+        return all(frames and frames[-1][0] >= last_ns for frames in self._frames.values())
 
     def rows(self) -> Iterator[Row]:
         """All rows that are complete. Raises RecordingBroken when the oldest has waited for too long."""
@@ -276,7 +284,7 @@ class EpisodeRecorder:
     @property
     def caught_up(self) -> bool:
         """Whether pictures have come up to the end; `save` before that would cut them off."""
-        return bool(self._broken) or self.aligner.lag_ns <= 1.5 * self.config.period_ns
+        return bool(self._broken) or self.aligner.caught_up
 
     def save(self, success: bool) -> tuple[Path, RecordingStats]:
         """Finish the episode. Raises RecordingBroken when it cannot be saved (it is discarded), ValueError when none

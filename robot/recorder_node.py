@@ -106,9 +106,7 @@ class RecorderNode(Node):
         self.store: DatasetStore | None = None
         if self.recordings.is_dir():
             for partial in set_aside_unfinished(self.recordings, self.spool / "interrupted"):
-                self.get_logger().warning(
-                    f"an episode was interrupted; cotwin data repair spool={partial.parent} has it"
-                )
+                self.get_logger().warning(f"{partial.name} was interrupted; see cotwin data repair spool={self.spool}")
             remove_unfinished(self.recordings)
         if self.config.demos_endpoint:
             keys = Keys.at(self.config.keys, self.config.peer)

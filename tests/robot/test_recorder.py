@@ -244,6 +244,21 @@ def test_the_end_waits_for_pictures_under_way(recorder):
     assert recorder.save(True)[1].rows == 20
 
 
+def test_the_last_row_waits_for_the_other_cameras_picture(recorder):
+    """It is taken 4 ms after the row's own, and after the last sample of the arm."""
+    recorder.start("pick up the cube")
+    messages = events(10, until_ns=START_NS + 9 * PERIOD_NS + 2_000_000)
+    last = max((e for e in messages if e[2][0] == "wrist"), key=lambda e: e[0])
+    feed(recorder, [e for e in messages if e is not last])
+    recorder.end()
+    assert not recorder.caught_up
+    feed(recorder, [last])
+    assert recorder.caught_up
+    folder, stats = recorder.save(True)
+    assert (stats.rows, sum(stats.repeated.values())) == (10, 0)
+    assert round(list(decode_frames(folder / "wrist.mp4"))[-1].mean()) == pytest.approx(109, abs=2)
+
+
 def test_no_rows_is_no_episode(recorder):
     recorder.start("pick up the cube")
     with pytest.raises(RecordingBroken, match="no row"):
