@@ -113,6 +113,8 @@ def launch_file(folder: Path, contract: Path) -> Path:
     if text.count(nodes) < 3 or cell not in text:
         raise ValueError("launch/cell.launch.yaml names the embodiment in another way")
     text = text.replace(nodes, f'{{name: "embodiment", value: "{contract}"}}')
+    for included in ("record.launch.yaml", "watch.launch.yaml"):  # the recorder keeps its contract: 30 fps fit 10 Hz
+        (folder / included).write_text((ROOT / "launch" / included).read_text())
     path = folder / "cell.launch.yaml"
     path.write_text(text.replace(cell, f"{cell} embodiment.policy_rate_hz={RATE_HZ}"))
     return path

@@ -1,13 +1,11 @@
 """The plugin under LeRobot's own classes and commands, on topics that are fed here."""
 
-import array
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,63 +17,10 @@ from tests.bridge.small_episodes import HEIGHT, WIDTH, small_embodiment
 
 rclpy = pytest.importorskip("rclpy")
 pytest.importorskip("lerobot")
-from geometry_msgs.msg import PoseStamped  # noqa: E402
-from rclpy.qos import QoSProfile  # noqa: E402
-from sensor_msgs.msg import Image, JointState  # noqa: E402
+from tests.robot.topics import Topics  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 LEROBOT_RECORD = "import rclpy, lerobot.scripts.lerobot_record as command; command.main()"
-
-
-class Topics:
-    """What a robot's nodes publish, at 30 Hz on the wall clock; keeps what comes in on `teleop/action`."""
-
-    def __init__(self, domain_id: int):
-        self.context = rclpy.Context()
-        rclpy.init(context=self.context, domain_id=domain_id)
-        self.node = rclpy.create_node("robot", context=self.context)
-        self.executor = rclpy.executors.SingleThreadedExecutor(context=self.context)
-        self.executor.add_node(self.node)
-        few, cameras = QoSProfile(depth=10), ("third_person", "wrist")
-        self.images = {c: self.node.create_publisher(Image, f"{c}/image_raw", few) for c in cameras}
-        self.poses = [self.node.create_publisher(PoseStamped, name, few) for name in ("tcp_pose", "target_pose")]
-        self.joints = self.node.create_publisher(JointState, "joint_states", few)
-        self.gripper = self.node.create_publisher(JointState, "gripper_command", few)
-        self.actions: list[JointState] = []
-        self.node.create_subscription(JointState, "teleop/action", self.actions.append, QoSProfile(depth=50))
-        self.node.create_timer(1 / 30, self.publish)
-        self.closing = threading.Event()
-        self.thread = threading.Thread(target=self.spin)
-        self.thread.start()
-
-    def spin(self) -> None:
-        while not self.closing.is_set():
-            self.executor.spin_once(timeout_sec=0.05)
-
-    def publish(self) -> None:
-        now = self.node.get_clock().now().to_msg()
-        for publisher in self.poses:
-            message = PoseStamped()
-            message.header.stamp = now
-            message.pose.position.x, message.pose.position.z = 0.4, 0.3
-            message.pose.orientation.x, message.pose.orientation.w = 1.0, 0.0  # the hand points down
-            publisher.publish(message)
-        joints = JointState(name=["j", "gripper_opening"], position=[0.0, 0.03])
-        gripper = JointState(name=["sent", "requested"], position=[-1.0, -1.0])
-        joints.header.stamp = gripper.header.stamp = now
-        self.joints.publish(joints)
-        self.gripper.publish(gripper)
-        for number, publisher in enumerate(self.images.values()):
-            image = Image(height=HEIGHT, width=WIDTH, step=3 * WIDTH, encoding="rgb8")
-            image.data = array.array("B", bytes([60 + 100 * number]) * (HEIGHT * WIDTH * 3))
-            image.header.stamp = now
-            publisher.publish(image)
-
-    def close(self) -> None:
-        self.closing.set()
-        self.thread.join()
-        self.node.destroy_node()
-        rclpy.shutdown(context=self.context)
 
 
 @pytest.fixture
@@ -87,7 +32,7 @@ def topics(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(str(ROOT / "plugin"))
     small_embodiment().save(tmp_path / "contract.json")
-    running = Topics(domain_id)
+    running = Topics(domain_id, (HEIGHT, WIDTH))
     yield running
     running.close()
 
