@@ -276,6 +276,8 @@ class TwinVectorEnv:
             kind, content = pipe.recv()
         except (EOFError, OSError):
             return None
+        if kind == "refused":
+            raise ValueError(content)
         if kind == "error":
             raise RuntimeError(f"twin worker {worker} (process {process.pid}) failed:\n{content}")
         return content

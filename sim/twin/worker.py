@@ -258,11 +258,13 @@ def start(setup: Setup) -> tuple[Any, Connection]:
 def _run(setup: Setup, pipe: Connection) -> None:
     """A worker process. Ends with its parent: the pipe closes. Errors go to the parent, which raises them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when an interrupted run ends
-    worker, failure = None, ""
+    worker, failure = None, ("", "")
     try:
         worker = Worker(setup)
+    except ValueError as error:  # what a user can get wrong needs no traceback
+        failure = ("refused", str(error))
     except Exception:  # whatever it was, the owner has to see it
-        failure = traceback.format_exc()
+        failure = ("error", traceback.format_exc())
     while True:
         try:
             what, envs, arguments = pipe.recv()
@@ -271,7 +273,7 @@ def _run(setup: Setup, pipe: Connection) -> None:
         if what == "close":
             return
         try:
-            answer = ("error", failure) if worker is None else ("ok", worker.serve(what, envs, arguments))
+            answer = failure if worker is None else ("ok", worker.serve(what, envs, arguments))
         except Exception:
             answer = ("error", traceback.format_exc())
         pipe.send(answer)

@@ -135,7 +135,10 @@ def seen_and_foreseen(suite: str) -> dict[str, list[float]]:
 def main(suite: str, tasks: str) -> None:
     if tasks == "details":
         found = {"repeated": repeated(suite), "cameras": seen_and_foreseen(suite), "tried": tried(made(suite), 0)}
-        print(json.dumps(found | {"own": beside_liberos_own(suite)}))
+        print(json.dumps(found))
+        return
+    if tasks == "own":
+        print(json.dumps(beside_liberos_own(suite)))
         return
     task = made(suite, scenes=1)
     for number in tasks.split(","):
