@@ -25,7 +25,7 @@ COMMANDS = {
     "train": ("learner.train", "Stage II: PPO in the twin with an SFT term on real demonstrations"),
     "fetch": ("learner.fetch", "bring released weights, demonstrations and assets here: cotwin fetch NAME"),
     "runs": ("learner.runs_command", "compare runs: cotwin runs compare A B"),
-    "twin-eval": ("learner.twin_eval", "evaluate a checkpoint in the twin"),
+    "twin-eval": ("learner.twin_eval", "evaluate a checkpoint in the twin or in LIBERO"),
     "cell-eval": (
         "learner.cell_eval",
         "evaluate a checkpoint in the stand-in cell, in lock step, without the robot side",
