@@ -1,9 +1,10 @@
 # Two commands do all: `make demo` and `make test`. Both install what is missing first (see .ci/setup).
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check libero clean
 help:
 	@echo "make demo    the whole loop on this machine's CPU, ending in runs/demo/report.html"
 	@echo "make test    all tests that need no GPU"
 	@echo "make check   lint and types"
+	@echo "make libero  LIBERO's packages beside the project's own, in .libero (1.5 GB)"
 	@echo "make setup   install what is missing (the others do this by themselves)"
 
 setup:
@@ -20,6 +21,9 @@ check: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ty check
+
+libero: setup
+	@$$(command -v uv || echo .tools/uv/bin/uv) pip install --python .venv/bin/python --no-deps --target .libero -r sim/libero/requirements.txt
 
 clean:
 	rm -rf .venv .tools build *.egg-info
