@@ -179,7 +179,7 @@ class RecorderNode(Node):
         try:
             yield
             response.success = True
-        except (ValueError, RuntimeError, BridgeError) as error:
+        except (ValueError, RuntimeError, OSError, BridgeError) as error:  # OSError: a full disk
             response.success, response.message = False, str(error)
             self.get_logger().error(str(error))
 
