@@ -48,8 +48,8 @@ class SmallPolicyConfig:
     horizon: int = 16  # H, policy steps
     num_action_chunks: int = 8  # C, executed before the next observation is asked
     infer_steps: int = 5  # K of deterministic inference
-    # Drawn loud, and on the last step too: what exploration adds must outweigh what the initial noise does by itself, for
-    # which no step is credited. At 0.3 without the last step PPO only wandered off (docs/training.md).
+    # Loud, and on the last step too: exploration must outweigh what the initial noise does by itself, for which no step
+    # is credited. At 0.3 without the last step PPO only wandered off (docs/training.md).
     flow: FlowConfig = field(default_factory=lambda: FlowConfig(num_steps=5, noise_level=0.6))
     noise: NoiseConfig = field(default_factory=NoiseConfig)  # read by flow.method=flow_noise only
     noise_draws: int = 2  # M; a demonstration's picture is encoded once for M points of its flow
