@@ -15,6 +15,7 @@ def run(tmp_path, *parts):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_tiny_update_and_weights_that_travel(tmp_path):
     found = run(tmp_path, "update", "disaggregated")
     assert found["figures"]["update_samples_per_s"]["ratio"] > 1.0

@@ -180,6 +180,7 @@ def test_shards_make_the_curve_of_whole_copies_and_a_state_for_one_process(alone
     assert files == resumed.bundle()
 
 
+@pytest.mark.slow
 def test_asynchronously_no_sample_is_older_than_one_update():
     with placed_trainer(job(asynchronous=True), COLLOCATED, 4) as trainer:
         ours = curve(trainer, 4)

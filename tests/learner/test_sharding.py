@@ -60,7 +60,7 @@ def rank_main(rank, ranks, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_shards_make_the_update_of_whole_copies(demos_folder, ranks):  # noqa: F811
     """Whole copies make that of one process (test_grpo_and_ranks)."""
     demos(demos_folder, tiny_policy())  # pictures are decoded once

@@ -174,6 +174,7 @@ def test_strangers_reach_nothing(probe, url):
     assert probe.state() != "FAULT"
 
 
+@pytest.mark.slow
 def test_the_pad_in_a_browser_moves_the_arm_while_it_is_held(probe, browser):
     command = [sys.executable, "-u", "-m", "cotwin", "teleop", "device=browser", "port=0", "use_sim_time=true"]
     probe.call("home")
