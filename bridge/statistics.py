@@ -22,6 +22,19 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def success_figures(successes: int, trials: int) -> dict[str, float]:
+    """What a stage file says of so many successes: counts, rate and interval."""
+    low, high = wilson_interval(successes, trials)
+    rate = successes / max(trials, 1)
+    return {
+        "successes": successes,
+        "trials": trials,
+        "success_rate": rate,
+        "wilson_low": low,
+        "wilson_high": high,
+    }
+
+
 def column_stats(values: np.ndarray) -> dict[str, np.ndarray]:
     """LeRobot's statistics of one feature over all rows [N] or [N, D]: each [D] (D = 1 for [N]), `count` [1]."""
     columns = np.asarray(values, dtype=np.float64).reshape(len(values), -1)

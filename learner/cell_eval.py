@@ -18,7 +18,7 @@ from bridge.checkpoint import latest_bundle, verify_bundle
 from bridge.config import command_line
 from bridge.errors import BridgeError
 from bridge.run_files import append_line, write_stage
-from bridge.statistics import wilson_interval
+from bridge.statistics import success_figures
 from learner.load import load_policy
 from learner.policy import ObservationBatch
 from sim.stand_in.config import CellConfig
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     except (BridgeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    figures |= summary(trials)
+    figures |= success_figures(sum(trial["success"] for trial in trials), len(trials))
     lines = config.run / "eval" / f"{config.stage}.jsonl"
     lines.unlink(missing_ok=True)
     for trial in trials:
@@ -69,19 +69,6 @@ def main(argv: list[str]) -> int:
     write_stage(config.run, config.stage, time.monotonic() - started_s, figures, {"trials": lines})
     print(json.dumps(figures, indent=2))
     return 0
-
-
-def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    successes = sum(trial["success"] for trial in trials)
-    low, high = wilson_interval(successes, len(trials))
-    rate = successes / len(trials)
-    return {
-        "successes": successes,
-        "trials": len(trials),
-        "success_rate": rate,
-        "wilson_low": low,
-        "wilson_high": high,
-    }
 
 
 def evaluate(

@@ -164,6 +164,6 @@ def _serve(connection: Any, build: Callable[..., Any], arguments: tuple, environ
 def _outcome(function: Callable[..., Any], arguments: tuple) -> Any:
     try:
         return function(*arguments)
-    except Exception as error:
+    except Exception as error:  # whatever it was, the owner has to see it
         error.add_note(traceback.format_exc())  # tracebacks do not travel
         return error

@@ -22,7 +22,7 @@ from bridge.checkpoint import latest_bundle, verify_bundle
 from bridge.config import command_line
 from bridge.errors import BridgeError
 from bridge.run_files import append_line, read_lines, write_stage
-from bridge.statistics import wilson_interval
+from bridge.statistics import success_figures, wilson_interval
 from bridge.video import write_video
 from learner.load import load_policy
 from learner.policy import ObservationBatch, Policy
@@ -112,16 +112,8 @@ def evaluate(config: TwinEvalConfig) -> dict[str, Any]:
     if frames:
         files["video"] = trials.with_suffix(".mp4")
         write_video(files["video"], iter(frames), fps=5)
-    successes, low, high = counted(done)
-    figures = {
-        "version": version,
-        "successes": successes,
-        "trials": len(done),
-        "success_rate": successes / len(done),
-        "wilson_low": low,
-        "wilson_high": high,
-        "episode_len": float(np.mean([trial["steps"] for trial in done])),
-    } | by_task(done)
+    figures = {"version": version, "episode_len": float(np.mean([trial["steps"] for trial in done]))}
+    figures |= success_figures(sum(trial["success"] for trial in done), len(done)) | by_task(done)
     write_stage(config.run, config.stage, time.monotonic() - started_s, figures, files)
     return figures
 

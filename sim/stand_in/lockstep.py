@@ -42,8 +42,6 @@ class LockStepCell:
     down to; None: as the cameras take them. One thread makes and uses it (it owns a GL context).
     """
 
-    goal_top_m = 0.0  # the goal's position is where things are put
-
     def __init__(
         self,
         config: CellConfig,

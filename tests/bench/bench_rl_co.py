@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bridge.checkpoint import latest_bundle
-from bridge.statistics import wilson_interval
+from bridge.statistics import success_figures
 
 SEEDS = (0, 1, 2)
 WIDE_M, NARROW_M = (
@@ -202,8 +202,7 @@ def pooled(seeds: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
     if not found:
         return None
     successes, trials = sum(f["successes"] for f in found), sum(f["trials"] for f in found)
-    low, high = wilson_interval(successes, trials)
-    return {"successes": successes, "trials": trials, "wilson_low": low, "wilson_high": high}
+    return success_figures(successes, trials)
 
 
 def main() -> None:
