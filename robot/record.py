@@ -111,9 +111,7 @@ def record(config: RecordConfig) -> None:
             if failures >= config.max_failures_in_a_row:
                 raise SessionError(f"{failures} failures in a row, the last: {attempt['fault'] or 'task not done'}")
         if config.demos_endpoint:
-            session.wait(
-                lambda: session.status("recorder_status").get("pending") == "0", 60.0, "delivery of all episodes"
-            )
+            session.wait(lambda: _delivered(session), config.delivery_timeout_s, "delivery of all episodes")
 
 
 def _delivered(session: Session) -> bool:

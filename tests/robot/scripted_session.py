@@ -79,7 +79,7 @@ class ScriptedSession:
 
     def status(self, topic):
         if topic == "recorder_status":
-            return {"pending": "0", "send_error": ""}
+            return {"pending": "0", "send_error": self.script.get("send_error", "")}
         values = {"policy_versions": [1], "tick_jitter_ms": [1.0], "chunk_latency_ms": [20.0], "holds": 0, "errors": 0}
         values |= self.script.get(self.seed, {}).get("runtime", {})
         return {"state": "RUNNING", "reason": ""} | {

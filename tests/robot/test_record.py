@@ -76,6 +76,11 @@ def test_a_process_that_died_ends_it_by_name(run):
         run({"dead": True}, episodes=1)
 
 
+def test_a_learner_that_refuses_episodes_is_told_of(run):
+    with pytest.raises(SessionError, match="does not take episodes: another contract"):
+        run({0: GOOD, "send_error": "another contract"}, episodes=1, demos_endpoint="tcp://127.0.0.1:1")
+
+
 def test_figures_of_a_run():
     common = {"success": True, "fault": "", "duration_s": 10.0, "wall_s": 20.0}
     kept = {"saved": True, "rows": 300, "fps": 30, "gaps_over_50ms": 1, "cpu_s": 5.0}
