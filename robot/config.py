@@ -1,6 +1,5 @@
 """Settings of the robot side. Each field becomes a ROS parameter with this description and range (`robot.params`)."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +103,3 @@ class RuntimeConfig:
     teleop_speed_m_s: float = setting(0.45, "teleop actions are joined into one up to this speed", (0.01, 1.7))
     teleop_turn_rad_s: float = setting(1.4, "the same for their rotation", (0.01, 2.5))
     teleop_timeout_s: float = setting(0.3, "a person has let go when no teleop action came for this long", (0.05, 5.0))
-
-
-def check_range(name: str, value: float, between: tuple[float, float]) -> None:
-    if not math.isfinite(value) or not between[0] <= value <= between[1]:
-        raise ValueError(f"{name} {value}: allowed are {between[0]} to {between[1]}")
