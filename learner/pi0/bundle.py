@@ -111,32 +111,21 @@ def load_lerobot(
     _require_kind(folder, saved, config.model.variant)
     state, action, state_in_prompt = read_processors(folder)
     config = replace(config, state_in_prompt=state_in_prompt)
-    return _build(folder, config, embodiment, state, action, tokenizer, allow, device)
+    if action.width not in (None, config.action_env_dim):
+        raise ValueError(
+            f"{folder}: action statistics are {action.width}-D, the policy's action_env_dim is {config.action_env_dim}"
+        )
+    policy = Pi0Policy(config, embodiment, state, action, tokenizer, device)
+    load_released(policy.model, read_tensors(folder / WEIGHTS), allow, str(folder / WEIGHTS))
+    return policy.eval()
 
 
-def load_openpi(
-    folder: Path,
-    embodiment: Embodiment,
-    config: Pi0Config,
-    asset_id: str | None = None,
-    tokenizer: Tokenizer | None = None,
-    allow: Iterable[str] = (),
-    device: torch.device | str = "cpu",
-) -> Pi0Policy:
-    """A policy from an openpi-PyTorch folder: model.safetensors and one norm_stats.json below (of `asset_id`, where
-    there are several). The layout says nothing about the network, so `config` does. Raises ValueError as above."""
-    state, action = openpi_normalisers(folder, config, asset_id)
-    return _build(folder, config, embodiment, state, action, tokenizer, allow, device)
-
-
-def openpi_normalisers(folder: Path, config: Pi0Config, asset_id: str | None = None) -> tuple[Normaliser, Normaliser]:
-    """State's and action's, from the folder's norm_stats.json."""
-    found = sorted(
-        p for p in folder.rglob("norm_stats.json") if asset_id is None or p.parent.as_posix().endswith(asset_id)
-    )
+def openpi_normalisers(folder: Path, config: Pi0Config) -> tuple[Normaliser, Normaliser]:
+    """State's and action's, from the one norm_stats.json at or below an openpi-PyTorch folder. Raises ValueError."""
+    found = sorted(folder.rglob("norm_stats.json"))
     if len(found) != 1:
         names = [str(p.relative_to(folder)) for p in found] or "none"
-        raise ValueError(f"{folder}: needs exactly one norm_stats.json (asset_id {asset_id!r}), found {names}")
+        raise ValueError(f"{folder}: needs exactly one norm_stats.json, found {names}; keep the one of your robot")
     statistics = read_json(found[0])
     statistics = statistics.get("norm_stats", statistics)
     mode = "QUANTILES" if config.model.variant == "pi05" else "MEAN_STD"
@@ -196,25 +185,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return content
-
-
-def _build(
-    folder: Path,
-    config: Pi0Config,
-    embodiment: Embodiment,
-    state: Normaliser,
-    action: Normaliser,
-    tokenizer: Tokenizer | None,
-    allow: Iterable[str],
-    device: torch.device | str,
-) -> Pi0Policy:
-    if action.width not in (None, config.action_env_dim):
-        raise ValueError(
-            f"{folder}: action statistics are {action.width}-D, the policy's action_env_dim is {config.action_env_dim}"
-        )
-    policy = Pi0Policy(config, embodiment, state, action, tokenizer, device)
-    load_released(policy.model, read_tensors(folder / WEIGHTS), allow, str(folder / WEIGHTS))
-    return policy.eval()
 
 
 def _kind(config: Pi0Config) -> str:

@@ -5,7 +5,6 @@ of ours may be several of theirs, stacked by rows.
 """
 
 from collections.abc import Iterable
-from math import prod
 
 import torch
 from torch import Tensor
@@ -151,8 +150,3 @@ def _gemma(stack: str, config: GemmaConfig, root: str, adaptive: bool) -> dict[s
         names |= _linear(f"{stack}.modulate", adaptive_norms, width)
         return names | _linear(f"{stack}.modulate_final", {f"{root}.norm.dense": 3 * width}, width)
     return names | {f"{stack}.norm.weight": [(f"{root}.norm.weight", (width,))]}
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Numbers in the released model without its unused heads."""
-    return sum(prod(shape) for pieces in released_names(config).values() for _, shape in pieces)

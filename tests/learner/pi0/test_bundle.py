@@ -16,8 +16,8 @@ from learner.pi0.bundle import bundle_files, load_lerobot
 from learner.pi0.config import tiny
 from learner.pi0.model import Pi0Model
 from learner.pi0.normalise import Normaliser
-from learner.pi0.weights import load_released, parameter_count, to_released
-from tests.learner.pi0.test_policy import make, observation
+from learner.pi0.weights import load_released, to_released
+from tests.learner.pi0.test_policy import make, observation, parameter_count
 from tests.learner.pi0.words import ByteTokenizer
 
 BOTH = LoraConfig(4, on_prefix=True, on_expert=True)

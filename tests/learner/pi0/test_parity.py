@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from bridge.checkpoint import write_bundle
 from bridge.embodiment import Embodiment
 from learner.load import load_policy
-from learner.pi0.bundle import bundle_files, config_from_lerobot, load_lerobot, load_openpi, read_json
+from learner.pi0.bundle import (
+    bundle_files,
+    config_from_lerobot,
+    load_lerobot,
+    load_weights,
+    openpi_normalisers,
+    read_json,
+)
 from learner.pi0.config import ModelConfig, tiny
 from learner.pi0.model import Pi0Model
 from learner.pi0.normalise import Normaliser
@@ -248,13 +255,17 @@ def test_openpi_layout_gives_the_same_actions(pair, peer_folder, tmp_path_factor
     }
     (openpi / "lab" / "task").mkdir(parents=True)
     (openpi / "lab" / "task" / "norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
-    ours = load_openpi(openpi, Embodiment(), our_config(peer), tokenizer=ByteTokenizer())
+    ours = Pi0Policy(our_config(peer), Embodiment(), *openpi_normalisers(openpi, our_config(peer)), ByteTokenizer())
+    load_weights(ours, openpi)
     lerobot = load_lerobot(folder, Embodiment(), our_config(peer), ByteTokenizer())
     seen, seeds = observation(), [torch.Generator().manual_seed(2) for _ in range(2)]
     # The conventions' epsilons differ: 1e-6 of a span of about 1.
     assert (ours.infer(seen, seeds[0]) - lerobot.infer(seen, seeds[1])).abs().max() <= 2e-5
+    (openpi / "norm_stats.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"exactly one norm_stats\.json, found \['lab/task/norm_stats\.json', "):
+        openpi_normalisers(openpi, our_config(peer))
     with pytest.raises(ValueError, match="found none"):
-        load_openpi(openpi, Embodiment(), our_config(peer), asset_id="other", tokenizer=ByteTokenizer())
+        openpi_normalisers(folder, our_config(peer))
 
 
 def test_lerobot_opens_what_we_write(pair, peer_folder, tmp_path_factory):

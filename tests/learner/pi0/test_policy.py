@@ -1,5 +1,6 @@
 """The policy's promises that need no peer: stored prefixes, gradients, checkpointing, adapters, critics, inputs."""
 
+import math
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from learner.pi0.inputs import load_tokenizer, prepare_images, prompts
 from learner.pi0.normalise import Normaliser
 from learner.pi0.policy import Pi0Config, Pi0Policy
 from learner.pi0.prepared import Prepared
-from learner.pi0.weights import parameter_count, released_names
+from learner.pi0.weights import released_names
 from learner.policy import ObservationBatch, SftBatch
 from learner.value_head import ValueHead, pool_prefix
 from tests.learner.pi0.words import ByteTokenizer
@@ -216,6 +217,11 @@ def test_pictures_and_prompts():
     assert prompts("pi0", ["go", "go\n"], state) == ["go\n", "go\n"]
     with pytest.raises(ValueError, match="no PaliGemma tokenizer"):
         load_tokenizer("/nowhere/at/all")
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Numbers in the released model without its unused heads."""
+    return sum(math.prod(shape) for pieces in released_names(config).values() for _, shape in pieces)
 
 
 def test_full_size_counts_and_bad_configs():
