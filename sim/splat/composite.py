@@ -20,14 +20,6 @@ def nearest_wins(splat: RenderOutput, sim_rgb: Tensor, sim_depth_m: Tensor) -> T
     return torch.where(in_front[..., None], splat.over(sim_rgb), sim_rgb.to(splat.rgb))
 
 
-def paste(sim_rgb: Tensor, sim_mask: Tensor, splat: RenderOutput) -> Tensor:
-    """The simulator's pixels where `sim_mask` [N, M, H, W] says, the splat elsewhere (simulated foreground before a
-    scanned cell). `splat` with a background, or over black."""
-    _require_shapes(splat, sim_rgb, sim_mask)
-    share = sim_mask.to(splat.rgb)[..., None]
-    return share * sim_rgb.to(splat.rgb) + (1 - share) * splat.rgb
-
-
 def layers(front: RenderOutput, back: RenderOutput) -> RenderOutput:
     """Two renders without a background, of different segments seen by the same cameras, as one.
 

@@ -86,13 +86,6 @@ def flat_colour(rgb: torch.Tensor) -> torch.Tensor:
     return ((rgb - 0.5) / constant)[:, None]
 
 
-def with_sheen(cloud: GaussianCloud, degree: int, strength: float, seed: int) -> GaussianCloud:
-    """The same cloud with random higher coefficients of standard deviation `strength`."""
-    num = harmonics.num_coefficients(degree)
-    noise = torch.randn(len(cloud), num - 1, 3, generator=torch.Generator().manual_seed(seed))
-    return replace(cloud, sh=torch.cat([cloud.sh[:, :1], strength * noise.to(cloud.device)], dim=1))
-
-
 def shaded(cloud: GaussianCloud, to_light: ArrayLike, ambient: float) -> GaussianCloud:
     """Colours as a matt surface has them under one light from direction `to_light` (segment frame), like a scan's."""
     direction = torch.nn.functional.normalize(torch.as_tensor(to_light, dtype=torch.float32), dim=0)

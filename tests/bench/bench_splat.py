@@ -30,6 +30,7 @@ from torch import Tensor
 from sim.splat import harmonics, sample
 from sim.splat.cloud import GaussianCloud, merge, multiply_wxyz, quat_wxyz_from_matrix
 from sim.splat.render import Cameras, invert_rigid, render
+from tests.sim.splat.scenes import with_sheen
 
 # FR3, modified Denavit-Hartenberg: a (m), d (m), alpha (rad) of joints 1 to 7
 DH = [
@@ -92,7 +93,7 @@ def arm_cloud(num: int, degree: int = 3) -> GaussianCloud:
     parts += [sample.box((0.02, 0.02, 0.055), round(0.03 * num), dark, f"finger{i}") for i in range(2)]
     parts += [sample.box((0.04, 0.04, 0.04), round(0.04 * num), (0.8, 0.15, 0.1), "cube")]
     parts += [sample.cylinder(0.08, 0.02, num - sum(map(len, parts)), (0.95, 0.95, 0.85), "plate")]
-    return sample.with_sheen(merge(parts), degree, 0.05, seed=0) if degree else merge(parts)
+    return with_sheen(merge(parts), degree, 0.05, seed=0) if degree else merge(parts)
 
 
 def segment_poses(num_envs: int, seed: int = 0) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 
 from sim.scan.gaussians import INVISIBLE, MAX_COPIES, Gaussians, draw, into_camera, split
 from sim.splat.cloud import GaussianCloud
-from sim.splat.sample import flat_colour, with_sheen
-from tests.sim.splat.scenes import cameras, poses, psnr_db, tabletop
+from sim.splat.sample import flat_colour
+from tests.sim.splat.scenes import cameras, poses, psnr_db, tabletop, with_sheen
 
 K = torch.tensor([[50.0, 0, 24.0], [0, 50.0, 16.0], [0, 0, 1]])
 

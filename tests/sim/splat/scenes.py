@@ -1,12 +1,13 @@
 """Small scenes and picture arithmetic that several tests share."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from bridge.pose import matrix_from_rpy
-from sim.splat import sample
+from sim.splat import harmonics, sample
 from sim.splat.cloud import GaussianCloud, merge
 from sim.splat.render import Cameras, RenderOutput
 
@@ -41,6 +42,13 @@ def look_at(eye_m, target_m) -> torch.Tensor:
     return T
 
 
+def with_sheen(cloud: GaussianCloud, degree: int, strength: float, seed: int) -> GaussianCloud:
+    """The same cloud with random higher coefficients of standard deviation `strength`."""
+    num = harmonics.num_coefficients(degree)
+    noise = torch.randn(len(cloud), num - 1, 3, generator=torch.Generator().manual_seed(seed))
+    return replace(cloud, sh=torch.cat([cloud.sh[:, :1], strength * noise.to(cloud.device)], dim=1))
+
+
 def tabletop(num: int = 900, degree: int = 3) -> GaussianCloud:
     """A table, a leaning cylinder and a cube; `num` Gaussians in three segments."""
     parts = [
@@ -49,7 +57,7 @@ def tabletop(num: int = 900, degree: int = 3) -> GaussianCloud:
         sample.box((0.08, 0.08, 0.08), num - num // 2 - num // 3, (0.8, 0.2, 0.1), "cube"),
     ]
     cloud = merge(parts)
-    return sample.with_sheen(cloud, degree, 0.15, seed=1) if degree else cloud
+    return with_sheen(cloud, degree, 0.15, seed=1) if degree else cloud
 
 
 def poses(num_envs: int, seed: int = 0) -> torch.Tensor:

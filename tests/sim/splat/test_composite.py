@@ -31,13 +31,6 @@ def test_nearest_wins_by_hand():
     torch.testing.assert_close(rgb[0, 0, 0], torch.tensor(expected))
 
 
-def test_paste_by_mask():
-    rgb = composite.paste(
-        sim([1.0, 1.0])[0], torch.tensor([True, False]).view(1, 1, 1, 2), output([1.0, 0.5], [1.0, 1.0])
-    )
-    torch.testing.assert_close(rgb[0, 0, 0], torch.tensor([GREEN, (0.5, 0.0, 0.0)]))
-
-
 def test_layers_by_hand():
     red, blue = output([0.6, 0.6, 0.0], [1.0, 3.0, math.inf]), output([0.5] * 3, [2.0] * 3, (0.0, 0.0, 1.0))
     both = composite.layers(red, blue)
