@@ -184,10 +184,6 @@ class Assembly:
     def is_writing(self) -> bool:
         return bool(self._writing)
 
-    @property
-    def num_asked(self) -> int:
-        return len(self._asked)
-
     def has(self, name: str) -> bool:
         """Whether every block of this file has been written."""
         shas = [sha for _, sha in self.files[name].blocks]

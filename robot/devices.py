@@ -106,7 +106,7 @@ class Gamepad:
     """
 
     EVENT = struct.Struct("=IhBB")
-    BUTTON, AXIS, INITIAL = 0x01, 0x02, 0x80
+    AXIS, INITIAL = 0x02, 0x80
     PRESSES = {0: "gripper", 1: "failure", 2: "success", 3: "start", 6: "discard", 7: "undo"}
     CLUTCH, DEADMAN, CROSS_Y = 4, 5, 7
 

@@ -12,7 +12,6 @@ MEMORY_TICKS = 100  # executed actions that a late chunk may have to be compared
 
 @dataclass
 class Counts:
-    adopted: int = 0
     executed: int = 0
     late_actions: int = 0  # their tick had passed: the loop overran, or the old chunk covered it
     useless_chunks: int = 0  # came so late that no action was left
@@ -106,7 +105,6 @@ class Executor:
         plan[:, :6] += (planned - moved) / num
         self._plan, self._plan_ns, self._next = plan, tick_ns, 0
         self.policy_version = chunk.policy_version
-        self.counts.adopted += 1
         self.counts.late_actions += whole
 
     def _since(self, start_ns: int, tick_ns: int) -> tuple[float, np.ndarray]:

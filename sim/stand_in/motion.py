@@ -42,7 +42,6 @@ class CommandTracker:
         self.value = state.value
         self._pose = state.value.O_T_EE_c.reshape(4, 4).T  # view: row-major [4, 4] of the column-major field
         self._last_dP, self._last_dq = np.zeros(6), np.zeros(7)
-        self._last_elbow, self._last_delbow = np.zeros(2), np.zeros(2)
         self._yield_ticks = 0
         self.hold_here()
 

@@ -37,9 +37,8 @@ class World:
         self._ee = self.model.site("ee").id
         self.ee_pos_m, self.ee_rot = data.site_xpos[self._ee], data.site_xmat[self._ee].reshape(3, 3)
         self._geoms = {name: self.model.geom(name).id for name in ("cube", "plate", "left_tip", "right_tip")}
-        hand, cube = self.model.body("hand").id, self.model.body("cube").id
-        self._cube_body, self._arm_bodies = cube, set(range(1, self.model.body("right_finger").id + 1))
-        self.hand_body = hand
+        self._cube_body = self.model.body("cube").id
+        self._arm_bodies = set(range(1, self.model.body("right_finger").id + 1))
         home = np.array(embodiment.home_joint_pos_rad)
         self.q[:], self.position_target[:] = home, home
         self.fingers_m[:], self.width_target[0] = embodiment.gripper_open_m / 2, embodiment.gripper_open_m
