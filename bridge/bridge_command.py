@@ -111,7 +111,8 @@ def echo(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:
 def bench(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:
     if config.picture_coding not in CODINGS:
         raise ValueError(f"picture_coding {config.picture_coding!r}: allowed are {', '.join(CODINGS)}")
-    client = PolicyClient(endpoint, config.embodiment, keys=keys, picture_coding=config.picture_coding)
+    coding = config.picture_coding
+    client = PolicyClient(endpoint, config.embodiment, keys=keys, picture_coding=coding, shared_pictures=False)
     try:
         client.wait_ready(config.deadline_s)
         sizes = {(camera.height, camera.width) for camera in config.embodiment.cameras.values()} | {(224, 224)}

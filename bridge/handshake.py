@@ -22,7 +22,8 @@ from bridge.codec import DEFAULT_LIMITS, Limits, Message, decode, encode, text
 from bridge.embodiment import Embodiment, differences
 from bridge.errors import CorruptData, Refused, SchemaMismatch
 from bridge.keys import CALLS, Keys
-from bridge.sockets import Transport, endpoint_of, receive, watch_disconnects
+from bridge.shared_pictures import PictureReader
+from bridge.sockets import Transport, endpoint_of, receive, send, watch_disconnects
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Caller:
     hello: dict[str, Any] = field(default_factory=dict)
     clock_offset_s: float = math.inf  # our monotonic clock minus the caller's, plus the shortest transit seen
     offset_s: float = 0.0  # when that was seen
+    pictures: PictureReader | None = None  # the infer channel's, of a caller on this machine
 
     def age_s(self, sent_ns: int) -> float:
         """How long a message, stamped by the caller's monotonic clock, was under way or waited in our socket.
@@ -140,7 +142,7 @@ class CallerEnd:
 
     def _send(self, frames: list[Any]) -> bool:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            send(self._socket, frames)
         except zmq.Again:
             return False
         return True
@@ -260,7 +262,7 @@ class ListenerEnd:
 
     def _send(self, route: bytes, frames: list[Any]) -> bool:
         try:
-            self._socket.send_multipart([route, *frames], zmq.NOBLOCK, copy=False)
+            send(self._socket, [route, *frames])
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise

@@ -10,7 +10,7 @@ Raw pictures are faster on loopback and gigabit (compressing costs more than sen
 import functools
 import importlib
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +38,7 @@ class PictureFormat:
         return resize(picture[None], (self.height, self.width))[0]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"height": self.height, "width": self.width, "padded": self.padded}
 
     @classmethod
     def from_message(cls, content: Any) -> "PictureFormat | None":

@@ -18,6 +18,8 @@ from bridge.handshake import CallerEnd
 from bridge.keys import Keys
 from bridge.messages import ActionChunk, Observation
 from bridge.pictures import CODINGS, PictureFormat, compress
+from bridge.shared_pictures import PictureWriter
+from bridge.sockets import is_local
 
 SILENCE_S = 1.0  # of a server that lets requests time out, before it is greeted anew
 ANSWERED_ERRORS = {error.__name__: error for error in (BridgeTimeout, CorruptData, Refused, SchemaMismatch)}
@@ -35,6 +37,7 @@ class PolicyClient:
     """One thread only. Pictures are sent without a copy: leave an observation's arrays unchanged until its answer.
     picture_coding: `raw` (loopback, gigabit), `jpeg` or the lossless `png` for slower links.
     resize_pictures: prepare them here, at the size and by the resize that the server names, instead of at the server.
+    shared_pictures: raw pictures go through shared memory where the server is on this machine and can reach it.
 
     Example:
         client = PolicyClient("tcp://127.0.0.1:5601", embodiment)
@@ -55,6 +58,7 @@ class PolicyClient:
         allow_contract_mismatch: list[str] | None = None,
         picture_coding: str = "raw",
         resize_pictures: bool = False,
+        shared_pictures: bool = True,
     ):
         if picture_coding not in CODINGS:
             raise ValueError(f"picture_coding {picture_coding!r}: allowed are {', '.join(CODINGS)}")
@@ -72,6 +76,10 @@ class PolicyClient:
         self._heard_s = self._doubted_s = 0.0
         self._counts = dict.fromkeys(("submitted", "answered", "timeouts", "late", "superseded", "errors"), 0)
         self._round_trips_s: deque[float] = deque(maxlen=1000)
+        self._writer: PictureWriter | None = None
+        if shared_pictures and picture_coding == "raw" and is_local(endpoint):
+            slot_bytes = sum(3 * camera.height * camera.width for camera in embodiment.cameras.values())
+            self._writer = PictureWriter(max_in_flight, slot_bytes)
         self._end = CallerEnd(
             endpoint,
             "infer",
@@ -97,8 +105,7 @@ class PolicyClient:
             raise BridgeError(f"{len(self._pending)} requests are in flight already; poll until one ends")
         request, self._next_id = self._next_id, self._next_id + 1
         now_s = time.monotonic()
-        body = observation_body(observation)
-        body["images"] = {name: self._picture(image) for name, image in observation.images.items()}
+        body = observation_body(observation) | self._pictures(request, observation.images)
         body |= {"id": request, "budget_s": float(deadline_s), "sent_ns": round(now_s * 1e9)}
         self._pending[request] = Pending(encode("infer", body), now_s + deadline_s, now_s)
         self._counts["submitted"] += 1
@@ -143,6 +150,7 @@ class PolicyClient:
         trips_ms = np.array(self._round_trips_s or [np.nan]) * 1e3
         return self._counts | {
             "ready": self._end.ready,
+            "shared_pictures": self._writer is not None and bool(self._end.welcome.get("shared_pictures")),
             "handshakes": self._end.welcomes,
             "corrupt": self._end.corrupt,
             "in_flight": len(self._pending),
@@ -153,6 +161,8 @@ class PolicyClient:
 
     def close(self) -> None:
         self._end.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _pump(self, timeout_s: float) -> None:
         """Take every waiting answer (waiting up to `timeout_s` for the first), then let passed deadlines expire."""
@@ -171,7 +181,8 @@ class PolicyClient:
             self._note_format(self._end.welcome)
         now_s = time.monotonic()
         for request in [r for r, p in self._pending.items() if p.deadline_s <= now_s]:
-            pending = self._pending.pop(request)
+            pending = self._end_of(request)
+            assert pending
             self._counts["timeouts"] += 1
             waited_ms = (now_s - pending.asked_s) * 1e3
             where = f"from {self._end.endpoint}" if pending.sent else f": {self._end.endpoint} is not connected"
@@ -185,13 +196,22 @@ class PolicyClient:
         if self._resize_pictures:
             self._picture_format = PictureFormat.from_message(body.get("pictures"))
 
-    def _picture(self, image: np.ndarray) -> Any:
+    def _pictures(self, request: int, images: dict[str, np.ndarray]) -> dict[str, Any]:
         if self._resize_pictures and self._picture_format is not None:
-            image = self._picture_format.apply(image)
-        return compress(image, self._picture_coding)
+            images = {name: self._picture_format.apply(image) for name, image in images.items()}
+        shared = self._writer is not None and self._end.welcome.get("shared_pictures")
+        if shared and (told := self._writer.write(request, images)):
+            return {"images": None, "shared": told}
+        return {"images": {name: compress(image, self._picture_coding) for name, image in images.items()}}
+
+    def _end_of(self, request: int) -> Pending | None:
+        """The request that has ended, if it was waited for."""
+        if self._writer is not None:
+            self._writer.release(request)
+        return self._pending.pop(request, None)
 
     def _hello(self) -> dict[str, Any]:
-        return {"policy_version": self.policy_version}
+        return {"policy_version": self.policy_version, "pictures": self._writer and self._writer.offer()}
 
     def _send_pending(self) -> None:
         for pending in self._pending.values():
@@ -200,7 +220,7 @@ class PolicyClient:
 
     def _answer(self, kind: str, body: dict[str, Any]) -> None:
         request = body.get("id")
-        if not isinstance(request, int) or (pending := self._pending.pop(request, None)) is None:
+        if not isinstance(request, int) or (pending := self._end_of(request)) is None:
             self._counts["late"] += 1
             return
         try:

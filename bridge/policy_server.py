@@ -21,6 +21,7 @@ from bridge.handshake import Caller, ListenerEnd
 from bridge.keys import Keys
 from bridge.messages import Observation
 from bridge.pictures import PictureFormat, open_picture
+from bridge.shared_pictures import PictureReader
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Request:
 
 class PolicyServer:
     """`infer` gets up to `max_batch` observations; it returns actions float32 [n, H, 7] and the version that made them.
+    Pictures may lie in memory that is written anew once their request is answered: copy what has to outlive the call.
 
     A ValueError, RuntimeError or ArithmeticError of `infer` is answered to the robots of that batch and logged;
     anything else ends the server (after answering). `pictures`: at which size and by which resize the policy takes
@@ -102,7 +104,9 @@ class PolicyServer:
         )
 
     def _welcome(self, caller: Caller) -> dict[str, Any]:
-        return {"policy_version": self.policy_version, "pictures": self._picture_format()}
+        caller.pictures = PictureReader.attach(caller.hello.get("pictures"))
+        about = {"policy_version": self.policy_version, "pictures": self._picture_format()}
+        return about | {"shared_pictures": caller.pictures is not None}
 
     def _picture_format(self) -> dict[str, Any] | None:
         return self.pictures.to_dict() if self.pictures else None
@@ -119,6 +123,8 @@ class PolicyServer:
             if not 0.0 < budget_s <= 3600.0:
                 raise CorruptData(f"budget_s {budget_s}: allowed are 0 to 3600")
             deadline_s = time.monotonic() + budget_s - caller.age_s(field(body, "sent_ns", int))
+            if caller.pictures is not None and body.get("images") is None:
+                body["images"] = caller.pictures.read(request, field(body, "shared", dict))
             observation = observation_from_body(body, tuple(self.embodiment.cameras))
         except BridgeError as error:
             self._answer_error(caller, request, error)

@@ -4,6 +4,7 @@
 newest observations and is dropped, not queued, while it is busy: it can neither delay nor change an answer.
 """
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -42,6 +43,11 @@ def disagreement(actions: np.ndarray, candidate: np.ndarray, version: int, candi
     return Disagreement(version, candidate_version, *map(float, numbers))
 
 
+def _kept(observation: Observation) -> Observation:
+    """With pictures of its own: the server's may be overwritten once it has answered."""
+    return dataclasses.replace(observation, images={name: i.copy() for name, i in observation.images.items()})
+
+
 class Shadow:
     """Call it as the server's `infer`. `note` gets each Disagreement, in the shadow's thread (a telemetry `send`)."""
 
@@ -60,7 +66,7 @@ class Shadow:
         if self._candidate is not None:
             with self._wake:
                 self.dropped += self._job is not None
-                self._job = (list(observations), np.array(actions), version)
+                self._job = ([_kept(observation) for observation in observations], np.array(actions), version)
                 self._wake.notify()
         return actions, version
 

@@ -3,6 +3,7 @@
     python -m tests.bench.bench_bridge [--quick] [--only PART ...] [--out FILE]
 
 round_trip: two 640x480 RGB pictures and a state to a [50, 7] chunk, no-op policy, server in a process of its own.
+Ours puts a local server's pictures into shared memory; the rows "by the socket" are what another machine would see.
 link: the same through a cable shaped to 100 Mbit/s and 10 ms there and back, where the machine allows it
 (root; tests/bench/shaped_link.py).
 bundle, update: a 1 GB checkpoint beside a raw stream; an expert-only update (tests/bench/bridge_delivery.py).
@@ -40,6 +41,7 @@ from bridge.openpi_port import pack, unpack
 from bridge.pictures import PictureFormat
 from bridge.policy_client import PolicyClient
 from bridge.policy_server import PolicyServer
+from bridge.sockets import is_local
 from tests.bench import bridge_delivery, bridge_swap
 from tests.bench.shaped_link import LOOPBACK, ShapedLink
 
@@ -220,6 +222,9 @@ def server_process(target, keys_folder, place):
 def call_ours(endpoint, observed, keys, **options):
     client = PolicyClient(endpoint, EMBODIMENT, keys=keys, **options)
     client.wait_ready(20)
+    shared = options.get("shared_pictures", True) and options.get("picture_coding", "raw") == "raw"
+    if client.stats()["shared_pictures"] != (shared and is_local(endpoint)):
+        raise RuntimeError(f"pictures go another way than was asked: {client.stats()}")
     yield lambda: client.infer(observed, 10.0)
     client.close()
 
@@ -329,48 +334,46 @@ def measure(server, caller, calls, size=(480, 640), folders=(None, None), link=(
 def bench_round_trip(quick: bool) -> dict:
     calls = 200 if quick else 1000
     resized = functools.partial(call_ours, resize_pictures=True)
+    by_socket = functools.partial(call_ours, shared_pictures=False)
     with made_keys() as curve:
         rows = {
             "bare ZeroMQ REQ/REP": measure(serve_bare, call_bare, calls),
             "ours": measure(serve_ours, call_ours, calls),
+            "ours, by the socket": measure(serve_ours, by_socket, calls),
             OPENPI: measure(serve_openpi, call_openpi, calls),
             "LeRobot async (gRPC)": measure(serve_lerobot, call_lerobot, calls // 2),
             "bare ZeroMQ + CURVE": measure(serve_bare, call_bare, calls, folders=curve),
             "ours + CURVE": measure(serve_ours, call_ours, calls, folders=curve),
+            "ours + CURVE, by the socket": measure(serve_ours, by_socket, calls, folders=curve),
             "ours + CURVE, 224x224": measure(serve_ours, call_ours, calls, (224, 224), curve),
+            "ours + CURVE, 224x224, by the socket": measure(serve_ours, by_socket, calls, (224, 224), curve),
             "ours + CURVE, resized to 224x224 by the client": measure(serve_ours, resized, calls, folders=curve),
             "ours, 224x224": measure(serve_ours, call_ours, calls, (224, 224)),
+            "ours, 224x224, by the socket": measure(serve_ours, by_socket, calls, (224, 224)),
             f"{OPENPI}, 224x224": measure(serve_openpi, call_openpi, calls, (224, 224)),
         }
     figures = {}
-    for quantile in ("p50_ms", "p99_ms"):
-        ours = rows["ours"][quantile]
-        pairs = {
-            f"round_trip_{quantile}": (ours, rows[OPENPI][quantile], f"{OPENPI} (WebSocket)"),
-            f"round_trip_{quantile}_beside_lerobot": (
-                ours,
-                rows["LeRobot async (gRPC)"][quantile],
-                "LeRobot 0.6.1 async inference, inference_latency=0",
-            ),
-            f"round_trip_{quantile}_beside_bare": (ours, rows["bare ZeroMQ REQ/REP"][quantile], "bare ZeroMQ REQ/REP"),
-            f"round_trip_curve_{quantile}": (
-                rows["ours + CURVE"][quantile],
-                rows[OPENPI][quantile],
-                f"{OPENPI}, clear text",
-            ),
-            f"round_trip_curve_224_{quantile}": (
-                rows["ours + CURVE, 224x224"][quantile],
-                rows[OPENPI][quantile],
-                f"{OPENPI}, clear text, 640x480",
-            ),
-            f"round_trip_curve_resized_{quantile}": (
-                rows["ours + CURVE, resized to 224x224 by the client"][quantile],
-                rows[OPENPI][quantile],
-                f"{OPENPI}, clear text, 640x480",
-            ),
-        }
-        for name, (value, peer, peer_name) in pairs.items():
-            figures[name] = figure(value, peer, peer / value, "ms", peer_name, calls)
+    lerobot, bare = "LeRobot async (gRPC)", "bare ZeroMQ REQ/REP"
+    pairs = {  # figure: (ours, peer, how the peer is named)
+        "": ("ours", OPENPI, f"{OPENPI} (WebSocket)"),
+        "_beside_lerobot": ("ours", lerobot, "LeRobot 0.6.1 async inference, inference_latency=0"),
+        "_beside_bare": ("ours", bare, bare),
+        "_socket": ("ours, by the socket", OPENPI, f"{OPENPI} (WebSocket)"),
+        "_socket_beside_bare": ("ours, by the socket", bare, bare),
+        "_curve": ("ours + CURVE", OPENPI, f"{OPENPI}, clear text"),
+        "_curve_socket": ("ours + CURVE, by the socket", OPENPI, f"{OPENPI}, clear text"),
+        "_curve_224": ("ours + CURVE, 224x224", OPENPI, f"{OPENPI}, clear text, 640x480"),
+        "_curve_224_socket": ("ours + CURVE, 224x224, by the socket", OPENPI, f"{OPENPI}, clear text, 640x480"),
+        "_curve_resized": (
+            "ours + CURVE, resized to 224x224 by the client",
+            OPENPI,
+            f"{OPENPI}, clear text, 640x480",
+        ),
+    }
+    for name, (row, peer_row, peer_name) in pairs.items():
+        for quantile in ("p50_ms", "p99_ms"):
+            ours, peer = rows[row][quantile], rows[peer_row][quantile]
+            figures[f"round_trip{name}_{quantile}"] = figure(ours, peer, peer / ours, "ms", peer_name, calls)
     return {"figures": figures, "tables": {"round_trip": rows}}
 
 

@@ -42,7 +42,7 @@ def serving(infer=echo, endpoint="tcp://127.0.0.1:*", embodiment=EMBODIMENT, **o
 
 @contextmanager
 def client_of(endpoint, **options):
-    client = PolicyClient(endpoint, EMBODIMENT, **options)
+    client = PolicyClient(endpoint, EMBODIMENT, **{"shared_pictures": False} | options)
     try:
         yield client
     finally:
