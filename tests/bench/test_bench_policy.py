@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_tiny_bench_points_the_right_way(tmp_path):
     out = tmp_path / "policy.json"
     command = [sys.executable, "-m", "tests.bench.bench_policy", "--tiny", "--out", str(out)]

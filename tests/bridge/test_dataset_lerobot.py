@@ -91,6 +91,7 @@ def test_their_statistics_code_reads_ours(lerobot, store):
     np.testing.assert_allclose(merged["action"]["mean"], stats["action"]["mean"])
 
 
+@pytest.mark.slow
 def test_it_loads_unrepaired_after_a_death_at_every_step(lerobot, store, tmp_path):
     folder = write_episode(tmp_path / "another", 4, instruction="another")
     died = die_at_every_step(store.root, folder, tmp_path)

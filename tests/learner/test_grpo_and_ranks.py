@@ -68,6 +68,7 @@ def test_groups_that_never_differ_leave_the_weights_alone():
     assert all(map(torch.equal, policy.state_dict().values(), tiny_policy().state_dict().values()))
 
 
+@pytest.mark.slow  # tests/learner/test_ppo.py has the one that always runs
 def test_grpo_earns_more_without_a_critic():
     policy = tiny_policy(ignore_last=True)
     policy.freeze_eyes()
@@ -221,7 +222,7 @@ def rank_main(rank, ranks, port, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_make_the_update_of_one(tmp_path, ranks):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -220,7 +220,8 @@ def test_two_of_each_with_an_env_process_that_dies(tmp_path):
     assert second["rollout/weights_version"] > 0
 
 
-@pytest.mark.parametrize("others", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # three processes that import torch, one of them twice
+@pytest.mark.parametrize("others", [0, 1])
 def test_a_killed_rollout_worker_costs_its_samples_and_nothing_more(tmp_path, caplog, others):
     """With another worker the iteration goes on without it; alone, its successor plays the iteration again."""
     placement = parse({"env": f"0:0-{others}", "rollout": f"1:0-{others}", "actor": 0}, 1, 2)
@@ -237,7 +238,7 @@ def test_a_killed_rollout_worker_costs_its_samples_and_nothing_more(tmp_path, ca
     assert second["rollout/weights_version"] == first["actor/optimizer_steps"]
 
 
-@pytest.mark.slow  # the other deaths run always
+@pytest.mark.slow
 def test_the_death_of_an_actor_ends_the_run(tmp_path):
     fragile = functools.partial(make_fragile, tmp_path / "died", True)
     with placed_trainer(job(fragile), COLLOCATED, 4) as trainer, pytest.raises(WorkerDied, match="actor 0 and rollout"):

@@ -24,6 +24,8 @@ NAMES = [CO_TRAINING, "gsenv_ppo_openpi_pi05"] + [
     for algo in ("ppo", "grpo")
     for model in ("", "_pi05")
 ]
+ALWAYS = (CO_TRAINING, "libero_goal_grpo_openpi", "libero_10_ppo_openpi_pi05")  # train in every run; all do in the slow
+LONG = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 def loaded(*argv):
@@ -149,7 +151,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LONG)
 def test_every_recipe_trains_two_tiny_steps(name, folder, tmp_path, monkeypatch):
     def toy_env(config, embodiment, num_envs, num_workers, seed, auto_reset):
         return ToyVectorEnv(embodiment, num_envs, config.max_steps, SIZE)

@@ -91,6 +91,7 @@ def test_behind_the_vector_interface():
 
 
 @installed
+@pytest.mark.slow
 def test_a_seed_is_a_start_cameras_are_where_the_contract_says_and_a_success_is_seen():
     """In one process, as building a scene takes seconds: the same seed gives the same, whatever was before."""
     found = asked("libero_spatial", "details")[0]

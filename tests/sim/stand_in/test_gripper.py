@@ -134,6 +134,7 @@ def test_the_cube_is_lifted_by_contact_and_put_on_the_plate(gripper, cell, down)
     assert not cell.client.success()
 
 
+@pytest.mark.slow  # test_lockstep.py has one that always runs
 def test_the_scripted_expert_does_the_task(world, config):
     """Seven numbers a step, integrated and walked to within the step, in one process: no clients, no clock."""
     embodiment, state = config.embodiment, StateBuffer()
