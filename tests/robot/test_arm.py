@@ -207,7 +207,7 @@ def test_a_short_pause_of_the_states_holds_and_goes_on(arm, cell):
     assert arm.snapshot().state is not State.FAULT
 
 
-@pytest.mark.parametrize("death", ["freeze", "close"])
+@pytest.mark.parametrize("death", ["freeze", pytest.param("close", marks=pytest.mark.slow)])
 def test_a_dead_robot_is_a_lost_link_and_comes_back_by_acknowledgement(death):
     address = loopback()
     cell = RunningCell(address, EMBODIMENT)

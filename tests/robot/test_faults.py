@@ -153,13 +153,14 @@ def driving(shared_driving):
     return shared_driving.moving()
 
 
-@pytest.mark.parametrize("name", [*REFLEXES[:3], *map(slow, REFLEXES[3:])])
+@pytest.mark.parametrize("name", [REFLEXES[0], *map(slow, REFLEXES[1:])])
 def test_every_reflex_latches(driving, row, name):
     driving.cell.inject("reflex", names=[name])
     driving.ends(State.FAULT, row, f"reflex {name}", 0.2, name.split("generator_")[-1])
     driving.recovers(row)
 
 
+@pytest.mark.slow  # test_arm.py has one that always runs
 def test_user_stop_latches(driving, row):
     driving.cell.inject("user_stop")
     driving.ends(State.FAULT, row, "user stop pressed", 0.2, "user stop")
@@ -171,12 +172,14 @@ def test_user_stop_latches(driving, row):
     driving.recovers(row)
 
 
+@pytest.mark.slow  # test_arm.py has one that always runs
 def test_software_stop_latches(driving, row):
     driving.arm.stop()
     driving.ends(State.FAULT, row, "software stop", 0.1, "stop requested")
     driving.recovers(row)
 
 
+@pytest.mark.slow  # test_arm.py has one that always runs
 def test_states_that_pause_for_a_moment_hold(driving, row):
     driving.cell.inject("pause", duration_s=0.95)
     driving.ends(State.HOLD, row, "arm states pause for 0.95 s", 0.35)
@@ -202,6 +205,7 @@ def test_a_stream_of_actions_that_stops_holds(driving, row):
     row["after"] = "goes on with the next action"
 
 
+ALWAYS = ("NaN in an action", "late action")
 BAD = {
     "NaN in an action": (lambda step: np.append(step[:6], np.nan), 0, "not finite"),
     "infinity in an action": (lambda step: np.append([np.inf], step[1:]), 0, "not finite"),
@@ -213,7 +217,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("fault", [fault if fault in ALWAYS else slow(fault) for fault in BAD])
 def test_bad_actions_are_refused_and_lead_to_hold(driving, row, fault):
     make, shift_ns, words = BAD[fault]
     driving.is_quiet = True
@@ -238,8 +242,8 @@ def test_bad_actions_are_refused_and_lead_to_hold(driving, row, fault):
 @pytest.mark.parametrize(
     ("fault", "step", "limit"),
     [
-        ("actions far out of range", np.array([5.0, 0, 0, 0, 0, 9.0, 1]), "step_dx_m"),
-        ("target driven out of the workspace", np.array([0, 0, -0.04, 0, 0, 0, 1]), "workspace_z_m"),
+        slow("actions far out of range", np.array([5.0, 0, 0, 0, 0, 9.0, 1]), "step_dx_m"),
+        slow("target driven out of the workspace", np.array([0, 0, -0.04, 0, 0, 0, 1]), "workspace_z_m"),
         ("target pulled to where the arm folds", np.array([-0.04, 0, 0, 0, 0, 0, 1]), "margin_joint_rad"),
         slow("target turned to a joint's end stop", np.array([0, 0, 0, 0, 0, 0.09, 1]), "margin_joint_rad"),
         slow("target driven out of reach", np.array([0.04, 0.04, 0.03, 0, 0, 0, 1]), "reach"),
@@ -327,6 +331,7 @@ def test_force_over_the_threshold_latches(own, row):
         row["after"] = "latched while it presses"
 
 
+@pytest.mark.slow  # test_arm.py has one that always runs
 def test_a_frozen_hand_latches(own, row):
     gripper = ArmConfig().gripper
     gripper.command_timeout_s = 1.0
@@ -338,6 +343,7 @@ def test_a_frozen_hand_latches(own, row):
         row["after"] = "latched"
 
 
+@pytest.mark.slow  # test_arm.py has one that always runs
 @pytest.mark.parametrize("death", ["freeze", "close"])
 def test_a_robot_that_dies_latches(own, row, death):
     with own() as cell, Driving(cell) as driving:
@@ -354,6 +360,7 @@ def test_a_robot_that_dies_latches(own, row, death):
         assert driving.arm.snapshot().state is State.FAULT
 
 
+@pytest.mark.slow  # test_arm.py has one that always runs
 def test_a_recovery_that_never_answers_is_left_behind(own, row):
     with own() as cell, Driving(cell, call_timeout_s=0.7) as driving:
         driving.moving()

@@ -182,6 +182,7 @@ def test_a_hand_at_the_device_moves_the_target_by_exactly_what_it_says(probe):
     probe.wait(lambda: probe.state() == "HOLD", "HOLD")
 
 
+@pytest.mark.slow  # test_runtime.py has the rule, the test before this one the way through the graph
 def test_teleop_takes_the_arm_from_a_policy_and_gives_it_back(probe, policy_server, tmp_path):
     """`cotwin teleop` plays a recorded device: twelve readings with the clutch held, 1.5 cm to the left in all."""
     policy_server()

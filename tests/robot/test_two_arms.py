@@ -37,6 +37,7 @@ def news(page):
     return json.loads(page.recv(10.0))
 
 
+@pytest.mark.slow  # two cells and two graphs; test_launch.py reads the launch file
 @pytest.mark.timeout(180)
 def test_an_action_for_one_arm_leaves_the_other_where_it_is():
     domain = random.randint(1, 100)
