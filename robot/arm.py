@@ -224,6 +224,8 @@ class ArmDriver:
             raise UnsafeAction(f"early: its step begins in {-age_s:.3f} s, allowed are {MAX_AHEAD_S} s")
 
     def start_gripper(self) -> None:
+        if self.gripper is not None and self.gripper.is_silent:
+            self.gripper.dead = True  # it would say so itself only after this fault was acknowledged
         if self.config.gripper.enabled and (self.gripper is None or self.gripper.dead):
             self.gripper = GripperDriver(self.config.host, self.config.gripper, self.embodiment, self.fault)
             self.gripper.start()

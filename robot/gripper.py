@@ -43,7 +43,7 @@ class GripperDriver:
         self.sent = 1.0  # what the hand was last told, in [-1, 1]
         self.requested = 1.0
         self.is_grasped = False
-        self.dead = False
+        self.dead = self.is_silent = False
         self._on_fault = on_fault
         self._wanted: tuple[str, float] | None = None  # ("grasp" or "move" or "homing", opening)
         self._doing: tuple[str, float] | None = None
@@ -103,12 +103,12 @@ class GripperDriver:
             self._beat_s = time.monotonic()
             try:
                 self._look(gripper)
-                heard_s = self._beat_s
+                heard_s, self.is_silent = self._beat_s, False
             except FRANKY_ERRORS as error:
                 # Nothing for a second is an exception already ("Timeout", or after it a bare "Net Exception"), and a
                 # busy hand may be silent for longer; what is really lost stays lost.
-                silent = any(text in str(error) for text in ("Timeout", "Net Exception"))
-                if not silent or time.monotonic() - heard_s > self.config.silence_s:
+                self.is_silent = any(text in str(error) for text in ("Timeout", "Net Exception"))
+                if not self.is_silent or time.monotonic() - heard_s > self.config.silence_s:
                     self._give_up(f"lost link to the gripper: {_first_line(error)}")
             self._closing.wait(POLL_S)
         if self._future is not None and (self.dead or not self._future.wait(LEAVE_S)):
@@ -151,8 +151,9 @@ class GripperDriver:
             log.info("gripper %s: %s", self._doing[0], _first_line(error))  # stopped, or nothing to grasp: no fault
 
     def _give_up(self, reason: str) -> None:
-        self.dead = True
-        self._on_fault(reason)
+        if not self.dead:  # else another one is in use already
+            self.dead = True
+            self._on_fault(reason)
 
 
 def _same(a: tuple[str, float], b: tuple[str, float]) -> bool:
