@@ -16,13 +16,15 @@ class RobotClock:
     """ROS time in nanoseconds, never going back.
 
     On a real cell that is the system clock. With `use_sim_time` ROS only knows the last `/clock` message; between two
-    messages this goes on at the pace of the last ones, so that a 200 Hz clock gives ticks better than 5 ms.
+    messages this goes on at the pace of the last ones, so that a 200 Hz clock gives ticks better than 5 ms. One thread
+    may sleep by it.
     """
 
     def __init__(self, node: Node):
         self._simulated = bool(node.get_parameter("use_sim_time").value)
         self._anchors: deque[tuple[float, int]] = deque(maxlen=20)  # (steady s, ROS ns)
-        self._last_ns = 0
+        self._last_ns = self._wanted_ns = 0
+        self._reached = threading.Event()  # a /clock message has come to what `sleep_until` waits for
         self._clock = node.get_clock()
         if self._simulated:
             any_jump = JumpThreshold(min_forward=Duration(nanoseconds=1), min_backward=Duration(nanoseconds=-1))
@@ -48,11 +50,16 @@ class RobotClock:
         return min(10.0, (last_ns - first_ns) * 1e-9 / max(1e-6, last_s - first_s))
 
     def sleep_until(self, until_ns: int, closing: threading.Event) -> bool:
-        """False when `closing` was set before that time. Short sleeps, because simulated time may stop and go."""
-        while (left_ns := until_ns - self.now_ns()) > 0:
+        """False when `closing` was set before that time. Short sleeps, because simulated time may stop; and a message
+        that brings the time ends them, because it may leap."""
+        self._wanted_ns = until_ns
+        self._reached.clear()
+        while (left_ns := until_ns - self.now_ns()) > 0 and not closing.is_set():
             left_s = left_ns * 1e-9 / max(0.05, self.pace)
-            if closing.wait(min(left_s, SLEEP_S) if self._simulated else left_s):
-                return False
+            if self._simulated:
+                self._reached.wait(min(left_s, SLEEP_S))
+            else:
+                closing.wait(left_s)
         return not closing.is_set()
 
     def _on_time(self, jump) -> None:
@@ -61,3 +68,5 @@ class RobotClock:
             self._anchors.clear()
             self._last_ns = 0
         self._anchors.append((time.monotonic(), ros_ns))
+        if ros_ns >= self._wanted_ns:
+            self._reached.set()

@@ -52,6 +52,7 @@ class Figures:
 
     policy_versions: list[int] = field(default_factory=list)  # in the order in which they took over
     chunk_latency_ms: deque[float] = field(default_factory=lambda: deque(maxlen=2000))
+    command_late_ms: deque[float] = field(default_factory=lambda: deque(maxlen=2000))  # behind its tick, when sent
     holds: int = 0  # ticks at which the policy had nothing
     errors: int = 0  # requests without an answer
 
@@ -150,7 +151,7 @@ class Runtime:
 
     def tick(self, tick_ns: int) -> Tick:
         """One tick of the grid: at most one action is published."""
-        action = self.teleop.take()
+        action, asks = self.teleop.take(), False
         if action is not None or self.teleop.is_active:
             self._drop_plan()
             tick = Tick("teleop", action=action)
@@ -160,13 +161,14 @@ class Runtime:
             tick = Tick("hold", reason if self.arm_ready else "the arm is not ready")
         else:
             self._receive()
-            if self.executor.wants_chunk():
-                self._ask()
-            action = self.executor.tick(tick_ns)
-            tick = self._policy_tick(action)
+            asks = self.executor.wants_chunk()
+            tick = self._policy_tick(self.executor.tick(tick_ns))
         if tick.action is not None:
             self._cleared = False
             self._publish(tick.action, tick_ns, tick.source)
+            self._figures.command_late_ms.append((self.now_ns() - tick_ns) * 1e-6)
+        if asks:  # only now: to pack pictures takes milliseconds, for which no command shall wait
+            self._ask()
         self.last = tick
         return tick
 
@@ -177,6 +179,7 @@ class Runtime:
             "policy_version": self.executor.policy_version,
             "policy_versions": list(figures.policy_versions),
             "chunk_latency_ms": [round(ms, 2) for ms in figures.chunk_latency_ms],
+            "command_late_ms": [round(ms, 2) for ms in figures.command_late_ms],
             "holds": figures.holds,
             "errors": figures.errors,
             "late_actions": counts.late_actions,
@@ -249,10 +252,12 @@ class GridLoop:
         self._took_ms: deque[float] = deque(maxlen=2000)
 
     def run(self, closing: threading.Event) -> None:
+        if not self._clock.sleep_until(1, closing):  # simulated time may begin late, and not at 0
+            return
         next_ns = self._after(self._clock.now_ns())
         while self._clock.sleep_until(next_ns, closing):
             began_ns, began_s = self._clock.now_ns(), time.monotonic()
-            if began_ns - next_ns > 100 * self.period_ns:  # the clock was set, or has only now begun
+            if began_ns - next_ns > 100 * self.period_ns:  # the clock was set
                 next_ns = began_ns // self.period_ns * self.period_ns
             self._late_ms.append((began_ns - next_ns) * 1e-6)
             self._tick(next_ns)

@@ -30,7 +30,7 @@ from robot.diagnostics import Diagnostics
 from robot.images import picture_of_raw
 from robot.observer import Observer
 from robot.runtime import GridLoop, Runtime
-from robot.spin import run_node
+from robot.spin import go_first, run_node
 from robot.stamped import matrix_of, stamp_ns, stamp_ns_of_raw
 
 STATUS_PERIOD_S = 0.2
@@ -41,6 +41,8 @@ class RuntimeNode(Node):
         super().__init__("runtime_node")
         self.embodiment = params.declare_embodiment(self)
         self.config = params.declare(self, RuntimeConfig, writable=("instruction",))
+        if self.config.realtime and not go_first():
+            self.get_logger().info("no real-time scheduling (ulimit -r is 0): a busy machine makes ticks late")
         self.clock = RobotClock(self)
         self.observer = Observer(list(self.embodiment.cameras), round(self.config.max_age_s * 1e9), picture_of_raw)
         client = policy_client(self.config, self.embodiment)

@@ -80,10 +80,10 @@ class Listener(Watcher):
             self.node.create_subscription(PoseStamped, topic, functools.partial(self._on_pose, topic), many)
 
     def _on_command(self, topic, message) -> None:
+        if topic == "action":
+            self.stamps_s.append(stamp_ns(message) * 1e-9)
         if self.listening:
             self.arrived_s[topic].append(time.monotonic())
-            if topic == "action":
-                self.stamps_s.append(stamp_ns(message) * 1e-9)
 
     def _on_pose(self, topic, message) -> None:
         if self.listening:
@@ -200,18 +200,18 @@ def our_loop(seconds: float) -> dict:
                 begin_s = float(cell.stats()["time_s"])
                 by_wall = spread(heard(listener, "action", seconds))
                 rtf = (float(cell.stats()["time_s"]) - begin_s) / seconds
-                runtime = listener.figures()
                 listener.call("runtime_node/stop")
+                listener.spin(0.5)  # until the status has told of the last command
+                runtime = listener.figures()
                 told = listener.save()
         finally:
             policy.kill()
             policy.wait()
     # On the robot's own clock, which the cell slows down where the machine is busy: each command names its tick, and
-    # the runtime knows how late each of its last ticks began.
+    # the runtime knows how late it sent each (the beginning of its tick, counted before, is not yet the command).
     ticks = np.rint((np.array(listener.stamps_s) - listener.stamps_s[0]) * RATE_HZ).astype(int)
-    late_ms = np.array(json.loads(runtime["tick_jitter_ms"]))[-(ticks[-1] + 1) :]
-    ticks = ticks[ticks < len(late_ms)]
-    table = spread(np.diff(ticks) * 1e3 / RATE_HZ + np.diff(late_ms[ticks]))
+    late_ms = np.array(json.loads(runtime["command_late_ms"]))[-len(ticks) :]
+    table = spread(np.diff(ticks) * 1e3 / RATE_HZ + np.diff(late_ms))
     table |= {"late_p50_ms": float(np.percentile(late_ms, 50)), "late_p99_ms": float(np.percentile(late_ms, 99))}
     table |= {"ticks_without_command": int((np.diff(ticks) - 1).sum()), "wall_clock": by_wall, "real_time_factor": rtf}
     table["chunk_latency_p50_ms"] = float(np.percentile(json.loads(runtime["chunk_latency_ms"]), 50))

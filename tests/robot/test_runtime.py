@@ -72,6 +72,18 @@ def test_chunks_follow_each_other_without_a_gap():
     assert world.runtime.figures()["policy_versions"] == [1]
 
 
+def test_a_command_does_not_wait_for_the_pictures_of_a_request():
+    world, order = World(ScriptedPolicy()), []
+    world.tick()
+    submit, publish = world.policy.submit, world.runtime._publish
+    world.policy.submit = lambda *request: (order.append("ask"), submit(*request))[1]
+    world.runtime._publish = lambda *command: (order.append("command"), publish(*command))
+    for _ in range(4):
+        world.tick()
+    assert order == ["command", "command", "command", "ask", "command"]  # asked with one action left
+    assert world.runtime.figures()["command_late_ms"] == [0.0] * 4
+
+
 def test_a_dead_policy_server_means_hold_and_its_return_means_motion():
     policy = ScriptedPolicy()
     world = World(policy)
@@ -185,3 +197,13 @@ def test_the_grid_is_absolute_and_an_overrun_costs_only_its_own_ticks():
     assert ticks == [12_400, 12_500, 12_600, 12_900, 13_000, 13_100]
     assert loop.num_overruns == 2
     assert loop.figures()["tick_jitter_p50_ms"] == pytest.approx(2.0)
+
+
+def test_simulated_time_that_begins_anywhere_makes_no_tick_late():
+    clock, closing, late_ms = SteppedClock(), threading.Event(), []
+    begins_ns, clock.time_ns = 1_130 * MS, 0
+    sleep_until = clock.sleep_until
+    clock.sleep_until = lambda until_ns, closing: sleep_until(max(until_ns, begins_ns), closing)
+    loop = GridLoop(PERIOD_NS, lambda tick_ns: (late_ms.append(clock.time_ns - tick_ns), closing.set()), clock)
+    loop.run(closing)
+    assert late_ms == [0]

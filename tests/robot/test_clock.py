@@ -1,0 +1,53 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import rclpy
+from rclpy.parameter import Parameter
+from rclpy.time import Time
+
+from robot import clock
+
+S = 1_000_000_000
+CLASSES = """
+import os, threading
+from robot.spin import go_first
+before, may = threading.Event(), go_first()
+threading.Thread(target=before.wait, daemon=True).start()
+print(may, {os.sched_getscheduler(int(thread)) == os.SCHED_RR for thread in os.listdir("/proc/self/task")})
+"""
+
+
+@pytest.fixture
+def node():
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=1 + os.getpid() % 100)
+    simulated = [Parameter("use_sim_time", value=True)]
+    node = rclpy.create_node("sleeper", context=context, parameter_overrides=simulated)
+    yield node
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_a_leap_of_simulated_time_ends_a_sleep(node, monkeypatch):
+    monkeypatch.setattr(clock, "SLEEP_S", 3600.0)
+    robot_clock, closing, slept = clock.RobotClock(node), threading.Event(), []
+    node.get_clock().set_ros_time_override(Time(nanoseconds=S))
+    sleeper = threading.Thread(target=lambda: slept.append(robot_clock.sleep_until(1000 * S, closing)), daemon=True)
+    sleeper.start()
+    node.get_clock().set_ros_time_override(Time(nanoseconds=2 * S))
+    sleeper.join(0.05)
+    assert sleeper.is_alive()
+    node.get_clock().set_ros_time_override(Time(nanoseconds=2000 * S))
+    sleeper.join(10.0)
+    assert slept == [True]
+    assert robot_clock.now_ns() >= 2000 * S
+    closing.set()
+    assert not robot_clock.sleep_until(3000 * S, closing)
+
+
+def test_all_threads_go_first_where_that_is_permitted():
+    result = subprocess.run([sys.executable, "-c", CLASSES], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split() in (["True", "{True}"], ["False", "{False}"])
