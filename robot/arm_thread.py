@@ -15,7 +15,7 @@ import numpy as np
 from robot.body import Body
 from robot.safety import State, limit_wrench
 from robot.stamps import StampMap
-from robot.stream import ROBOT_ERRORS, ImpedanceStream, PositionStream, first_line, has_ended
+from robot.stream import ROBOT_ERRORS, ImpedanceStream, PositionStream, first_line, has_ended, set_joint_limits
 from robot.target import TargetPath
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ class ArmThread(threading.Thread):
         self.is_usable = True
         self._robot: franky.Robot | None = None
         self._stream: PositionStream | ImpedanceStream | None = None
+        self._body: Body | None = None  # this thread's own: a body is no two threads' at a time
         self._stamps = StampMap()
         self._robot_ms = -1.0
-        self._streams_at_s = 0.0
+        self._streams_at_s = self._sent_robot_s = 0.0
 
     def leave_behind(self) -> None:
         """The thread is stuck inside a call: nobody will use it or wait for it again."""
@@ -118,11 +119,12 @@ class ArmThread(threading.Thread):
             if not self.config.realtime:
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         robot.relative_dynamics_factor = self.config.dynamics_factor
+        set_joint_limits(robot)
         self.call = "set_collision_behavior"
         robot.set_collision_behavior(self.config.collision_torque_nm, self.config.collision_force_n)
         self.call, limits = "reading the robot's description", self.config.limits
         urdf, T_flange_tcp = robot.model_urdf, np.array(robot.state.F_T_EE.matrix)
-        self.driver.body = Body(urdf, T_flange_tcp, limits)
+        self.driver.body, self._body = Body(urdf, T_flange_tcp, limits), Body(urdf, T_flange_tcp, limits)
         self.driver.black_box.facts |= {"urdf": urdf, "T_flange_tcp": T_flange_tcp.tolist()}
         self._robot, self._robot_ms, self._stamps = robot, -1.0, StampMap()
         self._read()
@@ -171,11 +173,14 @@ class ArmThread(threading.Thread):
             if not driver.machine.may_move:
                 return
             kind = PositionStream if self.config.streaming == "position" else ImpedanceStream
-            self._stream = kind(self._robot, self.config)
+            self._stream = kind(self._robot, self.config, self._body)
             self._streams_at_s = now_s
         self._stream.check()
-        if now_s + 1e-3 < self._streams_at_s:
+        # Of the arm's own time, too, some must have gone: a plan begins with the acceleration that was reported last.
+        robot_s = self._robot_ms * 1e-3 - self._sent_robot_s
+        if now_s + 1e-3 < self._streams_at_s or 0 <= robot_s < 0.5 / self.config.stream_rate_hz:
             return
+        self._sent_robot_s = self._robot_ms * 1e-3
         self._streams_at_s = max(self._streams_at_s + 1 / self.config.stream_rate_hz, now_s)
         with driver.lock:
             streamed = driver.path.at(driver.now_ns())

@@ -5,6 +5,7 @@ two, a little fatter than the link; a hand with its fingers sits on the flange.
 """
 
 from dataclasses import dataclass
+from xml.etree import ElementTree
 
 import coal
 import numpy as np
@@ -15,7 +16,8 @@ from robot.safety import Clip, SafetyLimits
 SHARES = (0.75, 0.5, 0.25, 0.0)  # of a step that goes too far, the largest that does not is taken
 MAX_ITERATIONS = 20
 DAMPING = 1e-6
-ARRIVED = 1e-4  # m and rad
+ARRIVED, FOLLOWED = 1e-4, 1e-6  # m and rad
+ELBOW_SHARE = 0.1
 # Link (8: the hand, on the flange), one end and the other in the link's frame (m), radius (m).
 CAPSULES = (
     (0, (-0.09, 0.0, 0.06), (0.0, 0.0, 0.06), 0.08),
@@ -55,6 +57,12 @@ class Body:
             pin.Frame("tcp", 7, flange, self._model.frames[flange].placement * pin.SE3(T_flange_tcp), pin.OP_FRAME)
         )
         self._data = self._model.createData()
+        joints = [joint for joint in ElementTree.fromstring(urdf).iter("joint") if joint.get("type") == "revolute"]
+        slowing = [joint.find("position_based_velocity_limits") for joint in joints]
+        if None in slowing:
+            raise ValueError("the robot's description lacks <position_based_velocity_limits>")
+        self._deceleration_rad_s2 = np.array([float(limit.get("deceleration_limit")) for limit in slowing])
+        self._speed_offset_rad_s = np.array([float(limit.get("velocity_offset")) for limit in slowing])
         self._shapes = pin.GeometryModel()
         for link, start, end, radius_m in CAPSULES:
             self._add_capsule(link, np.array(start), np.array(end), radius_m)
@@ -76,14 +84,30 @@ class Body:
         links_m = min(result.min_distance for result in self._shape_data.distanceResults)
         return Margins(float(min(low.min(), high.min())), float(links_m))
 
-    def solve(self, T_base_tcp: np.ndarray, q_rad: np.ndarray) -> np.ndarray | None:
+    def speed_limits(self, q_rad: np.ndarray) -> np.ndarray:
+        """What the arm allows at joints [7] (rad/s): less near an end stop, so that it can still brake before it."""
+        low, high = q_rad - self._model.lowerPositionLimit, self._model.upperPositionLimit - q_rad
+        brakeable = np.sqrt(2 * self._deceleration_rad_s2 * np.maximum(0.0, np.minimum(low, high)))
+        return np.clip(brakeable - self._speed_offset_rad_s, 0.0, self._model.velocityLimit)
+
+    def follow(self, T_base_tcp: np.ndarray, q_rad: np.ndarray, q_rest_rad: np.ndarray) -> np.ndarray | None:
+        """`solve`, exactly, for a stream. Without an end the elbow would wander off: up to a tenth of each motion goes
+        into the way back to `q_rest_rad` that leaves the pose as it is."""
+        q = self.solve(T_base_tcp, q_rad, FOLLOWED)
+        if q is None:
+            return None
+        null = np.linalg.svd(pin.getFrameJacobian(self._model, self._data, self._tcp, pin.LOCAL))[2][6]
+        most = ELBOW_SHARE * float(np.linalg.norm(q - q_rad))
+        return q + np.clip(null @ (q_rest_rad - q), -most, most) * null
+
+    def solve(self, T_base_tcp: np.ndarray, q_rad: np.ndarray, arrived: float = ARRIVED) -> np.ndarray | None:
         """Joints [7] of a pose, found by moving as little as possible from `q_rad`; None when they are not found."""
         q, goal = np.array(q_rad), pin.SE3(T_base_tcp)
         for _ in range(MAX_ITERATIONS):
             pin.computeJointJacobians(self._model, self._data, q)
             pin.updateFramePlacement(self._model, self._data, self._tcp)
             error = pin.log6(self._data.oMf[self._tcp].actInv(goal)).vector
-            if np.abs(error).max() < ARRIVED:
+            if np.abs(error).max() < arrived:
                 return q
             J = pin.getFrameJacobian(self._model, self._data, self._tcp, pin.LOCAL)
             q += J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)

@@ -35,7 +35,7 @@ class ArmConfig:
     stream_rate_hz: float = setting(50.0, "rate at which absolute poses are sent to the arm", (10.0, 200.0))
     poll_rate_hz: float = setting(100.0, "rate at which the arm's state is read", (20.0, 500.0))
     state_rate_hz: float = setting(60.0, "rate at which states are published", (5.0, 200.0))
-    dynamics_factor: float = setting(0.5, "share of the arm's own speed, acceleration and jerk limits", (0.01, 1.0))
+    dynamics_factor: float = setting(0.9, "share of the joints' speed, acceleration and jerk limits", (0.01, 1.0))
     home_dynamics_factor: float = setting(0.3, "the same for the motion to the home position", (0.01, 1.0))
     translational_stiffness_n_m: float = setting(1500.0, "impedance streaming only", (10.0, 3000.0))
     rotational_stiffness_nm_rad: float = setting(80.0, "impedance streaming only", (1.0, 300.0))
