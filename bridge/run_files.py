@@ -3,10 +3,31 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge import durable
+from bridge.checkpoint import latest_bundle
+
+
+@dataclass
+class RunConfig:
+    """Keys of every stage: the run that it belongs to, a folder below `runs_dir`."""
+
+    name: str = "demo"
+    runs_dir: str = "runs"
+
+    @property
+    def run(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    def bundle(self, checkpoint: str) -> Path:
+        """The bundle folder `checkpoint`; empty: the run's newest. Raises ValueError where there is none."""
+        folder = Path(checkpoint) if checkpoint else latest_bundle(self.run / "checkpoints")
+        if folder is None:
+            raise ValueError(f"{self.run / 'checkpoints'} holds no bundle to start from; run `cotwin sft` first")
+        return folder
 
 
 def write_stage(

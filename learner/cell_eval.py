@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bridge.checkpoint import latest_bundle, verify_bundle
+from bridge.checkpoint import verify_bundle
 from bridge.config import command_line
 from bridge.errors import BridgeError
-from bridge.run_files import append_line, write_stage
+from bridge.run_files import RunConfig, append_line, write_stage
 from bridge.statistics import success_figures
 from learner.load import load_policy
 from learner.policy import ObservationBatch
@@ -26,11 +26,9 @@ from sim.stand_in.lockstep import LockStepCell
 
 
 @dataclass
-class CellEvalConfig:
+class CellEvalConfig(RunConfig):
     """Keys of `cotwin cell-eval`."""
 
-    name: str = "demo"
-    runs_dir: str = "runs"
     stage: str = "cell_eval"
     checkpoint: str = ""  # bundle folder; empty: the run's newest
     trials: int = 20
@@ -43,18 +41,12 @@ class CellEvalConfig:
         if min(self.trials, self.workers, self.max_steps) < 1:
             raise ValueError("trials, workers and max_steps must be at least 1")
 
-    @property
-    def run(self) -> Path:
-        return Path(self.runs_dir) / self.name
-
 
 def main(argv: list[str]) -> int:
     config = command_line("cell-eval", CellEvalConfig, argv, __doc__)
     started_s = time.monotonic()
     try:
-        folder = Path(config.checkpoint) if config.checkpoint else latest_bundle(config.run / "checkpoints")
-        if folder is None:
-            raise ValueError(f"{config.run / 'checkpoints'} holds no bundle to evaluate")
+        folder = config.bundle(config.checkpoint)
         figures = {"version": verify_bundle(folder).version}
         seeds = range(config.seed, config.seed + config.trials)
         trials = evaluate(folder, config.cell, seeds, config.workers, config.max_steps)

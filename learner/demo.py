@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.config import command_line
+from bridge.run_files import RunConfig
 from learner.report import summary, write_report
 from learner.run_folder import load_run
 
@@ -30,11 +31,9 @@ EVAL_SEED = 1000  # the scenes of both evaluations in the stand-in cell; no demo
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(RunConfig):
     """Sizes of the demo. The defaults fit ten minutes on two cores."""
 
-    name: str = "demo"
-    runs_dir: str = "runs"
     seed: int = 0
     restart: bool = False
     record_episodes: int = 10  # in the stand-in cell, at 30 fps
@@ -53,7 +52,7 @@ class StageFailed(Exception):
 
 def main(argv: list[str]) -> int:
     config = command_line("demo", DemoConfig, argv, __doc__)
-    folder = Path(config.runs_dir) / config.name
+    folder = config.run
     if config.restart and folder.exists():
         shutil.rmtree(folder)
     started = time.monotonic()

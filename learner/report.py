@@ -8,11 +8,11 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bridge.config import command_line
+from bridge.run_files import RunConfig
 from learner.run_folder import Run, load_run
 
 CURVES = {
@@ -47,17 +47,8 @@ video, img.picture { width: 100%; border-radius: .4rem; background: #000; } svg 
 """
 
 
-@dataclass
-class ReportConfig:
-    """Keys of `cotwin report`."""
-
-    name: str = "demo"  # the run: a folder below `runs_dir`
-    runs_dir: str = "runs"
-
-
 def main(argv: list[str]) -> None:
-    config = command_line("report", ReportConfig, argv, __doc__)
-    print(write_report(load_run(Path(config.runs_dir) / config.name)))
+    print(write_report(load_run(command_line("report", RunConfig, argv, __doc__).run)))
 
 
 def write_report(run: Run) -> Path:

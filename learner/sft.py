@@ -29,7 +29,7 @@ from bridge.checkpoint import bundle_path, latest_bundle, read_manifest, write_b
 from bridge.config import command_line, save
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
-from bridge.run_files import write_stage
+from bridge.run_files import RunConfig, write_stage
 from learner.demo_dataset import DataConfig, Mixture, Part, open_parts
 from learner.load import bundle_files
 from learner.normalization import weighted_quantiles
@@ -51,11 +51,9 @@ class OptimizerConfig:
 
 
 @dataclass
-class SftConfig:
+class SftConfig(RunConfig):
     """Keys of `cotwin sft`."""
 
-    name: str = "demo"
-    runs_dir: str = "runs"
     stage: str = "sft"
     seed: int = 0
     steps: int = 0  # 0: no limit
@@ -73,10 +71,6 @@ class SftConfig:
     def __post_init__(self):
         if self.steps <= 0 and self.max_seconds <= 0:
             raise ValueError("set steps or max_seconds above 0: training without a limit never saves its result")
-
-    @property
-    def run(self) -> Path:
-        return Path(self.runs_dir) / self.name
 
     def new_policy(self, statistics: Statistics) -> Policy:
         """What training starts from."""

@@ -24,7 +24,7 @@ from bridge.checkpoint import CONTRACT, bundle_path, latest_bundle, verify_bundl
 from bridge.config import command_line, save
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
-from bridge.run_files import write_stage
+from bridge.run_files import RunConfig, write_stage
 from learner.curves import LoggerConfig, open_curves
 from learner.demo_dataset import DataConfig, Mixture, open_parts
 from learner.explain import explain
@@ -42,11 +42,9 @@ from sim.twin.vector_env import TwinVectorEnv
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Keys of `cotwin train`."""
 
-    name: str = "demo"
-    runs_dir: str = "runs"
     stage: str = "train"
     seed: int = 0
     checkpoint: str = ""  # bundle folder to start from; empty: the run's newest
@@ -76,10 +74,6 @@ class TrainConfig:
             raise ValueError(f"envs {self.envs}: must be a multiple of pipeline_stages {self.pipeline_stages}")
         if self.episodes % self.algo.group_size:
             raise ValueError(f"episodes {self.episodes}: must be a multiple of algo.group_size {self.algo.group_size}")
-
-    @property
-    def run(self) -> Path:
-        return Path(self.runs_dir) / self.name
 
     @property
     def simulator(self) -> TwinConfig | LiberoConfig:
@@ -125,9 +119,7 @@ def main(argv: list[str]) -> int:
 def train(config: TrainConfig) -> dict[str, Any]:
     """The whole stage; returns its figures."""
     started_s = time.monotonic()
-    start = Path(config.checkpoint) if config.checkpoint else latest_bundle(config.run / "checkpoints")
-    if start is None:
-        raise ValueError(f"{config.run / 'checkpoints'} holds no bundle to start from; run `cotwin sft` first")
+    start = config.bundle(config.checkpoint)
     state_file = config.run / "training" / f"{config.stage}.pt"
     saved = load_state(state_file, config) if config.resume and state_file.exists() else None
     start = Path(saved["start"]) if saved else start

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from bridge import durable
-from bridge.checkpoint import latest_bundle, verify_bundle
+from bridge.checkpoint import verify_bundle
 from bridge.config import command_line
 from bridge.errors import BridgeError
-from bridge.run_files import append_line, read_lines, write_stage
+from bridge.run_files import RunConfig, append_line, read_lines, write_stage
 from bridge.statistics import success_figures, wilson_interval
 from bridge.video import write_video
 from learner.load import load_policy
@@ -33,11 +33,9 @@ from sim.twin.vector_env import TwinVectorEnv
 
 
 @dataclass
-class TwinEvalConfig:
+class TwinEvalConfig(RunConfig):
     """Keys of `cotwin twin-eval`."""
 
-    name: str = "demo"
-    runs_dir: str = "runs"
     stage: str = "twin_eval"
     checkpoint: str = ""  # bundle folder; empty: the run's newest
     episodes: int = 20
@@ -54,10 +52,6 @@ class TwinEvalConfig:
     def __post_init__(self):
         if self.episodes < 1:
             raise ValueError(f"episodes {self.episodes}: at least 1")
-
-    @property
-    def run(self) -> Path:
-        return Path(self.runs_dir) / self.name
 
     @property
     def simulator(self) -> TwinConfig | LiberoConfig:
@@ -83,9 +77,7 @@ def main(argv: list[str]) -> int:
 def evaluate(config: TwinEvalConfig) -> dict[str, Any]:
     """The whole stage; returns its figures. An interrupted one goes on with the episodes that are missing."""
     started_s = time.monotonic()
-    folder = Path(config.checkpoint) if config.checkpoint else latest_bundle(config.run / "checkpoints")
-    if folder is None:
-        raise ValueError(f"{config.run / 'checkpoints'} holds no bundle to evaluate")
+    folder = config.bundle(config.checkpoint)
     version = verify_bundle(folder).version
     trials = config.run / "eval" / f"{config.stage}.jsonl"
     partial = trials.with_suffix(".partial")

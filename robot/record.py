@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bridge.config import command_line, save
 from bridge.embodiment import Embodiment
 from bridge.errors import RobotFault
-from bridge.run_files import append_line, read_lines, write_stage
+from bridge.run_files import RunConfig, append_line, read_lines, write_stage
 from robot.scene import SessionError
 from robot.session import Session, SessionConfig
 
@@ -29,11 +29,9 @@ SLOWEST = 20  # a cell whose seconds take longer than this many of ours has stop
 
 
 @dataclass
-class RecordConfig:
+class RecordConfig(RunConfig):
     """Keys of `cotwin record`."""
 
-    name: str = "demo"  # the run: a folder below `runs_dir`
-    runs_dir: str = "runs"
     episodes: int = 12  # saved ones, earlier sessions of this run included
     seed: int = 0  # of the first scene; every attempt takes the next one
     source: str = EXPERT  # or device
@@ -53,10 +51,6 @@ class RecordConfig:
             raise ValueError(f"source {self.source!r}: allowed are {EXPERT!r} and {DEVICE!r}")
         if self.episodes < 1:
             raise ValueError(f"episodes {self.episodes}: allowed are 1 and more")
-
-    @property
-    def run(self) -> Path:
-        return Path(self.runs_dir) / self.name
 
     @property
     def data_root(self) -> Path:
