@@ -8,7 +8,8 @@
 `state`, `rgb`: as many worker processes on both sides, one environment each, a picture (ours: of two cameras) after
 every policy step of 10 physics steps. Peer: ManiSkill's own CPU recipe, `gym.vector.AsyncVectorEnv` of PickCube-v1 in
 `CPUGymWrapper`, with the same rates, controller and picture size. `splat`: one picture a chunk of 5 from splats, beside
-SAPIEN's by as many workers. Figures are merged into the file; what it held under other names stays.
+SAPIEN's by as many workers, environments in two groups as `pipeline_stages=2` has them. Figures are merged into the
+file; what it held under other names stays.
 """
 
 import argparse
@@ -98,15 +99,24 @@ def settings(size: int) -> tuple[TwinConfig, Any]:
     return dataclasses.replace(made.twin, picture_width=size, picture_height=size), made.embodiment
 
 
-def steps_per_s(env: TwinVectorEnv, steps: int, chunk: int) -> float:
-    """Policy steps of all environments a second; episodes that end begin anew inside the time."""
+def steps_per_s(env: TwinVectorEnv, steps: int, chunk: int, groups: int = 1) -> float:
+    """Policy steps of all environments a second; episodes that end begin anew inside the time. Of several groups, one's
+    pictures are made while the others' physics run (`pipeline_stages` of a training run)."""
     rng = np.random.default_rng(0)
-    actions = rng.uniform(-0.02, 0.02, (steps // chunk, env.num_envs, chunk, 7)).astype(np.float32)
+    members = [range(group, env.num_envs, groups) for group in range(groups)]
+    parts = rng.uniform(-0.02, 0.02, (steps // chunk, env.num_envs // groups, chunk, 7)).astype(np.float32)
     env.reset(range(env.num_envs))
     for _ in range(WARM_UP):
-        env.step_chunk(actions[0])
-    started_s = time.monotonic()
-    done = sum(int(env.step_chunk(part).valid.sum()) for part in actions)
+        for ids in members:
+            env.step_chunk(parts[0], ids)
+    started_s, done = time.monotonic(), 0
+    for ids in members:
+        env.send(parts[0], ids)
+    for part in parts[1:]:
+        for ids in members:
+            done += int(env.recv().valid.sum())
+            env.send(part, ids)
+    done += sum(int(env.recv().valid.sum()) for _ in members)
     return done / (time.monotonic() - started_s)
 
 
@@ -162,11 +172,11 @@ def splat_speed(part: str, args: argparse.Namespace) -> dict[str, Any]:
         with TwinVectorEnv(
             dataclasses.replace(config, render=render, splat=scene), embodiment, 4 * args.workers, args.workers
         ) as env:
-            rates[render] = steps_per_s(env, args.steps, 5)
+            rates[render] = steps_per_s(env, args.steps, 5, groups=2)
             device = env.splat_device or "CPU"
             print(render, device, rates[render], flush=True)
     more = {"n": 4 * args.steps * args.workers, "workers": args.workers, "size_px": args.size}
-    peer = "the twin's own SAPIEN pictures, drawn on the CPU"
+    peer = "the twin's own SAPIEN pictures, drawn by the workers"
     return {"env_steps_per_s_16_workers": figure(rates["splat"], rates["sapien"], "steps/s", peer, True, **more)}
 
 
