@@ -183,7 +183,7 @@ class ArmThread(threading.Thread):
         self._sent_robot_s = self._robot_ms * 1e-3
         self._streams_at_s = max(self._streams_at_s + 1 / self.config.stream_rate_hz, now_s)
         with driver.lock:
-            streamed = driver.path.at(driver.now_ns())
+            streamed = driver.path.stream(driver.now_ns())
         self._stream.send(streamed.T_base_target)
 
     def _home(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -42,7 +42,7 @@ class TargetPath:
 
     def __init__(self, T_base_tcp: np.ndarray, period_s: float, limits: SafetyLimits, stream_period_s: float = 0.02):
         self.period_ns, self._grid_period_ns = round(period_s * 1e9), round(stream_period_s * 1e9)
-        self.limits = limits
+        self.limits = limits = with_chord_margin(limits, stream_period_s)
         self.num_clips: Counter[str] = Counter()
         self._moving = MotionLimit(
             SPEED_SLACK * limits.max_speed_m_s, limits.max_acceleration_m_s2, limits.max_jerk_m_s3, stream_period_s
@@ -58,6 +58,7 @@ class TargetPath:
         self.T_target = self._T_from = self._T_now = self._T_next = T
         self._T_requested = self._T_requested_from = T
         self._start_ns = self._end_ns = self._grid_ns = 0
+        self._T_streamed, self._passed = T, []  # what the arm got last; the grid's poses after it
         self._is_braking = False
         self._velocity, self._acceleration = np.zeros((2, 3)), np.zeros((2, 3))  # of position and rotation, base frame
         # Whoever starts outside may come back.
@@ -106,6 +107,17 @@ class TargetPath:
             T_requested = pose.interpolate(self._T_requested_from, self._T_requested, share)
         return Streamed(T, T_requested, clips)
 
+    def stream(self, now_ns: int) -> Streamed:
+        """`at`, for the arm, which goes straight from pose to pose: into no keep-out box. After a delay so long that it
+        would, the poses of the grid in between come first, one a call."""
+        streamed = self.at(now_ns)
+        ways = [*self._passed, streamed.T_base_target]
+        start_m, boxes, n = self._T_streamed[:3, 3], self.limits.keep_out_boxes, len(ways) - 1
+        while n > 0 and safety.enters(start_m, ways[n][:3, 3], boxes):
+            n -= 1
+        self._T_streamed, self._passed = ways[n], self._passed[n + 1 :]
+        return replace(streamed, T_base_target=ways[n])
+
     def _is_at_rest(self, now_ns: int) -> bool:
         return (
             self._T_next is self.T_target
@@ -117,6 +129,8 @@ class TargetPath:
         """Commit the next step of the grid: from `_T_next`, which is reached at its beginning."""
         self._grid_ns += self._grid_period_ns
         self._T_now, T, h = self._T_next, self._T_next, self._moving.period_s
+        if self.limits.keep_out_m:
+            self._passed.append(T)
         if self._is_braking:
             cuts, velocity = [{}, {}], self._braked()
             T_goal = None
@@ -187,6 +201,16 @@ class TargetPath:
         if now_ns >= self._end_ns:
             return 1.0
         return max(0.0, (now_ns - self._start_ns) / (self._end_ns - self._start_ns))
+
+
+def with_chord_margin(limits: SafetyLimits, stream_period_s: float) -> SafetyLimits:
+    """Also keep away from the boxes by what the straight line between two poses a period apart can cut off a path of the
+    grid that turns between them: a quarter of the change of speed, times the period."""
+    turn_m_s = min(limits.max_acceleration_m_s2 * stream_period_s, 2 * SPEED_SLACK * limits.max_speed_m_s)
+    margin_m = turn_m_s * stream_period_s / 4
+    wider = limits.keep_out_boxes + margin_m * np.array([[-1.0], [1.0]])
+    # The boxes themselves stay, too, for whoever starts between the two.
+    return replace(limits, keep_out_m=[*wider.ravel().tolist(), *limits.keep_out_m])
 
 
 def vector_of(R: np.ndarray) -> np.ndarray:

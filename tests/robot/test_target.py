@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge import pose
+from robot import safety
 from robot.safety import SafetyLimits, UnsafeAction
 from robot.target import TargetPath
 
@@ -105,6 +106,7 @@ def test_a_refused_action_changes_nothing():
     assert np.allclose(path.T_target, pose.integrate(START, [0.01, 0, 0, 0, 0, 0, 1]))
 
 
+AT_CORNER = pose.pose(np.array([0.46, 0.03, 0.3]), START[:3, :3])
 WALL = [0.5, 0.05, 0.0, 0.55, 0.3, 0.6]
 wild = st.one_of(st.floats(-1e6, 1e6, allow_subnormal=False), st.floats(-0.1, 0.1))
 streams = st.lists(st.tuples(st.lists(wild, min_size=7, max_size=7), st.integers(1, 300)), min_size=1, max_size=15)
@@ -143,8 +145,7 @@ def check_stream(stream, limits, halt_after=None):
             assert np.linalg.norm(values, axis=1).max() <= (1.01 if order == 0 else 1.0001) * limit + 1e-6 * 50**order
     assert np.all(position >= np.array(limits.workspace_lower_m) - 1e-8)
     assert np.all(position <= np.array(limits.workspace_upper_m) + 1e-8)
-    boxes = limits.keep_out_boxes
-    assert not any(np.all((p > lower) & (p < upper)) for p in position for lower, upper in boxes)
+    assert not any(safety.enters(a, b, limits.keep_out_boxes) for a, b in pairwise(position))
     return path, sent
 
 
@@ -170,6 +171,54 @@ def test_no_stream_of_targets_leaves_the_limits(stream, bound, halt_after):
 @given(streams, bounds, st.one_of(st.none(), st.integers(0, 14)))
 def test_none_of_ten_thousand_streams_of_targets_leaves_the_limits(stream, bound, halt_after):
     check_stream(stream, limits_of(*bound), halt_after)
+
+
+def test_a_target_keeps_off_a_box_by_what_a_chord_may_cut():
+    """30 m/s2 over 20 ms turn 0.6 m/s; a quarter of it over 20 ms are 3 mm. 10 m/s2: 1 mm."""
+    for acceleration, margin_m in ((30.0, 0.003), (10.0, 0.001)):
+        path = TargetPath(AT_CORNER, 0.1, SafetyLimits(keep_out_m=WALL, max_acceleration_m_s2=acceleration))
+        path.step([0, 0.03, 0, 0, 0, 0, 1], 1000 * MS, 1000 * MS)  # to y = 0.06, beside the wall
+        for n in range(1, 5):
+            path.step([0.04, 0, 0, 0, 0, 0, 1], (1000 + 200 * n) * MS, (1000 + 200 * n) * MS)
+        assert path.at(9000 * MS).T_base_target[:2, 3] == pytest.approx([0.5 - margin_m, 0.06], abs=2e-6)
+        assert path.at(9100 * MS).clips == []  # it rests there
+
+
+def test_a_late_sender_is_led_round_a_corner():
+    """Five poses are due at once; the straight line to the last of them leads through the box."""
+    path = TargetPath(AT_CORNER, 0.1, SafetyLimits(keep_out_m=WALL))
+    path.stream(1000 * MS)
+    now_ms, asked = 1000, ([0, -0.04, 0], [0.05, 0, 0], [0.05, 0, 0])  # past the corner at x = 0.5, y = 0.05 ...
+    for way in (*asked, [0.02, 0, 0], [0, 0.05, 0], [0, 0.05, 0]):
+        path.step([*way, 0, 0, 0, 1], now_ms * MS, now_ms * MS)
+        now_ms += 100
+        path.at(now_ms * MS)  # others look; the arm hears nothing
+    sent = [AT_CORNER[:3, 3]] + [path.stream((now_ms + 20 * n) * MS).T_base_target[:3, 3] for n in range(30)]
+    assert safety.enters(sent[0], sent[-1], SafetyLimits(keep_out_m=WALL).keep_out_boxes)
+    assert not any(safety.enters(a, b, SafetyLimits(keep_out_m=WALL).keep_out_boxes) for a, b in pairwise(sent))
+    assert sent[-1] == pytest.approx(path.T_target[:3, 3])
+
+
+near = st.lists(st.floats(-0.05, 0.05), min_size=7, max_size=7)
+looks = st.lists(st.tuples(near, st.lists(st.integers(1, 60), min_size=1, max_size=6)), min_size=1, max_size=15)
+
+
+@settings(max_examples=200, deadline=None)
+@given(looks, st.floats(0.5, 200.0), st.booleans())
+def test_no_straight_line_between_streamed_poses_enters_a_box(stream, acceleration, starts_in_margin):
+    """At any times, late ones among them, round the corner of a box."""
+    limits = SafetyLimits(keep_out_m=WALL, max_acceleration_m_s2=acceleration)
+    T, now_ms = AT_CORNER.copy(), 1000
+    T[0, 3] = 0.4999 if starts_in_margin else 0.48
+    path, boxes = TargetPath(T, 0.1, limits), limits.keep_out_boxes
+    last = path.stream(now_ms * MS).T_base_target[:3, 3]
+    for action, waits_ms in stream:
+        path.step(action, now_ms * MS, now_ms * MS)
+        for wait_ms in waits_ms:
+            now_ms += wait_ms
+            here = path.stream(now_ms * MS).T_base_target[:3, 3]
+            assert not safety.enters(last, here, boxes)
+            last = here
 
 
 @pytest.mark.parametrize("bound", [(30.0, 4500.0, 90.0, 8500.0), (9.0, 4500.0, 17.0, 8500.0), (2.0, 20.0, 3.0, 60.0)])
