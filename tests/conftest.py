@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+os.environ.setdefault("MUJOCO_GL", "egl")  # read once, by whoever imports MuJoCo first
+
 EXIT_STATUS = pytest.StashKey[int]()
 
 

@@ -235,7 +235,7 @@ class TwinPanda(Panda):
         return {CONTROL_MODE: {"arm": arm, "gripper": gripper}}
 
 
-def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -> None:
+def use_collision_shapes_as_visuals(robot) -> None:
     """Draw the arm as its convex hulls: a hundredth of the triangles, which is what a CPU renderer pays for."""
     for link in robot._objs[0].links:
         body = link.entity.find_component_by_type(sapien.render.RenderBodyComponent)
@@ -244,9 +244,7 @@ def use_collision_shapes_as_visuals(robot, colour: tuple[float, float, float]) -
         body = sapien.render.RenderBodyComponent()
         for shape in link.collision_shapes:
             material = sapien.render.RenderMaterial()
-            is_finger = not isinstance(shape, sapien.physx.PhysxCollisionShapeConvexMesh)
-            material.base_color = [0.15, 0.15, 0.15, 1.0] if is_finger else [*colour, 1.0]
-            if is_finger:
+            if not isinstance(shape, sapien.physx.PhysxCollisionShapeConvexMesh):  # of a finger
                 visual = sapien.render.RenderShapeBox(shape.half_size, material)
             else:
                 vertices = np.asarray(shape.vertices) * np.asarray(shape.scale)

@@ -11,6 +11,7 @@ from sim.twin.objects import Body
 
 DENSITY = 700.0  # kg/m3: of wood and filled plastic
 ANGULAR_DAMPING = 5.0  # what rolls comes to rest
+GAMMA = 2.2  # of the shader
 
 
 class BodyBuilder(ActorBuilder):
@@ -42,8 +43,13 @@ class BodyBuilder(ActorBuilder):
         return component
 
 
+def base_colour(colour: Sequence[float]) -> list[float]:
+    """What reflects light so that a picture shows `colour` where the light is full."""
+    return [*(float(share) ** GAMMA for share in colour), 1.0]
+
+
 def paint(colour: Sequence[float]) -> sapien.render.RenderMaterial:
     material = sapien.render.RenderMaterial()
-    material.base_color = [*map(float, colour), 1.0]
+    material.base_color = base_colour(colour)
     material.roughness, material.specular = 0.9, 0.1
     return material

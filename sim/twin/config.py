@@ -1,4 +1,5 @@
-"""What a twin is made of. Lengths in m, in the robot's base frame; colours are RGB in [0, 1]."""
+"""What a twin is made of. Lengths in m, in the robot's base frame; colours are RGB in [0, 1], as pictures show them in
+full light."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +27,10 @@ class Randomization:
     """Half-widths of uniform ranges, drawn anew at each reset from the episode's seed. Zero everywhere: none."""
 
     light: float = 0.25  # share of the nominal brightness
-    colour: float = 0.08  # of table, plate and arm, each channel
-    camera_pos_m: float = 0.004
-    camera_rot_rad: float = 0.006
+    colour: float = 0.08  # of table, plate, arm, its dark parts and room, each channel
+    planks: float = 0.12  # share of the table's brightness, of each plank
+    camera_pos_m: float = 0.008  # calibrations are off by half a centimetre and half a degree
+    camera_rot_rad: float = 0.012
     friction: float = 0.0  # share of the nominal
     latency_s: float = 0.0  # upper end of what is added to the nominal, from 0
 
@@ -49,21 +51,26 @@ class TwinConfig:
     arm_damping: float = 40.0  # trails its target by 0.04 s; the stand-in cell's arm by 0.036 s (measured)
     gripper_force: float = 60.0  # N, of each finger
     gripper_speed_m_s: float = 0.1  # of the opening
+    gripper_damping: float = 40.0  # of a stiffness of 1000: trails by 0.04 s, as the stand-in cell's
     friction: float = 1.0
     latency_s: float = 0.0  # from an action to the first motion of arm and fingers
     cube_half_size_m: float = 0.02
     cube_center_m: list[float] = field(default_factory=lambda: [0.40, 0.20])
     cube_range_m: list[float] = field(default_factory=lambda: [0.10, 0.05])
     plate_radius_m: float = 0.07
-    plate_height_m: float = 0.01
+    plate_height_m: float = 0.006
     plate_center_m: list[float] = field(default_factory=lambda: [0.45, 0.0])
     plate_range_m: list[float] = field(default_factory=lambda: [0.05, 0.03])
     success_radius_m: float = 0.05
     home_noise_rad: float = 0.02  # standard deviation of the arm's joints at reset
-    table_colour: list[float] = field(default_factory=lambda: [0.46, 0.40, 0.34])
-    cube_colour: list[float] = field(default_factory=lambda: [0.75, 0.08, 0.08])
-    plate_colour: list[float] = field(default_factory=lambda: [0.92, 0.92, 0.88])
-    arm_colour: list[float] = field(default_factory=lambda: [0.85, 0.86, 0.88])
+    light_direction: list[float] = field(default_factory=lambda: [-0.48, 0.70, -1.60])
+    table_planks: int = 12
+    table_colour: list[float] = field(default_factory=lambda: [0.54, 0.39, 0.27])
+    cube_colour: list[float] = field(default_factory=lambda: [0.72, 0.13, 0.10])
+    plate_colour: list[float] = field(default_factory=lambda: [0.86, 0.84, 0.78])
+    arm_colour: list[float] = field(default_factory=lambda: [0.88, 0.88, 0.86])
+    joint_colour: list[float] = field(default_factory=lambda: [0.30, 0.31, 0.33])  # hand, links 3 and 5, fingertips
+    room_colour: list[float] = field(default_factory=lambda: [0.52, 0.56, 0.60])  # walls and floor
     randomization: Randomization = field(default_factory=Randomization)
     render: str = "sapien"  # or splat; or composite: bodies that the splat scene lacks by SAPIEN, the nearer wins
     splat: SplatConfig = field(default_factory=SplatConfig)
@@ -76,7 +83,7 @@ class TwinConfig:
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} {getattr(self, key)!r}: allowed are {', '.join(allowed)}")
-        for key in ("max_steps", "picture_width", "picture_height", "supersampling"):
+        for key in ("max_steps", "picture_width", "picture_height", "supersampling", "table_planks"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} {getattr(self, key)}: allowed are 1 and more")
         if self.render != "sapien" and not self.splat.scene:

@@ -11,22 +11,29 @@ from mani_skill.utils.structs import Actor
 from bridge import pose
 from bridge.embodiment import Camera, Embodiment
 from sim.twin.arm import TwinPanda
+from sim.twin.bodies import base_colour, paint
 from sim.twin.config import TwinConfig
 from sim.twin.shading import light_shader
 from sim.twin.splat_pictures import View
 
 OPENCV_FROM_SAPIEN = np.array([[0.0, -1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])  # columns: x forward, y left, z up
+AMBIENT, SUN = 0.15, 3.0  # on a level surface they add up to full light
+DARK_LINKS = ("panda_link3", "panda_link5", "panda_hand")
+WALLS = (([-1.4, 0, 0], [0.01, 3, 2]), ([0, -1.8, 0], [3, 0.01, 2]), ([0, 0, -0.75], [3, 3, 0.01]))  # middle, half
+TIP_FROM_M = 0.04  # along a finger, which is dark from there on
 ABSENT = np.eye(4, dtype=np.float32) + np.float32([[0] * 4, [0] * 4, [0, 0, 0, -100], [0] * 4])  # out of every picture
 
 
 class ShownEnv(BaseEnv):
-    """The side of a `sim.twin.scene.TwinEnv` that is looked at. `table` and `goal` are painted anew at each reset."""
+    """The side of a `sim.twin.scene.TwinEnv` that is looked at. `table`, `goal` and `room` are painted anew at each
+    reset."""
 
     agent: TwinPanda
     twin: TwinConfig
     embodiment: Embodiment
     table: Actor
     goal: Actor
+    room: Actor
 
     def _absent(self) -> list[Actor]:
         """Bodies that take no part in this episode."""
@@ -60,8 +67,16 @@ class ShownEnv(BaseEnv):
         if not self.scene.can_render():
             return
         scene = self.scene.sub_scenes[0]
-        scene.set_ambient_light([0.35] * 3)
-        self._sun = scene.add_directional_light([0.4, 0.3, -1.0], [1.6] * 3, shadow=False)
+        scene.set_ambient_light([AMBIENT] * 3)
+        self._sun = scene.add_directional_light(self.twin.light_direction, [SUN] * 3, shadow=False)
+
+    def _room(self) -> Actor:
+        """What is behind the table: two walls and the floor, for looks only."""
+        room = self.scene.create_actor_builder()
+        for centre, half in WALLS:
+            room.add_box_visual(sapien.Pose(centre), half, material=paint(self.twin.room_colour))
+        room.initial_pose = sapien.Pose()
+        return room.build_static("room")
 
     def _after_reconfigure(self, options: dict):
         super()._after_reconfigure(options)
@@ -126,10 +141,10 @@ class ShownEnv(BaseEnv):
         """The last draws of an episode, so that worlds with and without pictures have the same states."""
         r, twin = self.twin.randomization, self.twin
         sun, ambient = (1.0 + rng.uniform(-r.light, r.light) for _ in range(2))
-        colours = {
-            name: np.clip(np.array(colour) + rng.uniform(-r.colour, r.colour, 3), 0, 1)
-            for name, colour in (("table", twin.table_colour), ("goal", twin.plate_colour), ("arm", twin.arm_colour))
-        }
+        nominal = {"table": twin.table_colour, "goal": twin.plate_colour, "room": twin.room_colour}
+        nominal |= {"arm": twin.arm_colour, "joint": twin.joint_colour}
+        colours = {n: np.clip(np.add(c, rng.uniform(-r.colour, r.colour, 3)), 0, 1) for n, c in nominal.items()}
+        planks = np.clip(colours["table"] * rng.uniform(1 - r.planks, 1 + r.planks, (twin.table_planks, 1)), 0, 1)
         self._light, self._camera_offsets, shown = (sun + ambient) / 2, {}, self.scene.can_render()
         for name in sorted(self.embodiment.cameras):
             turn = pose.matrix_from_rpy(rng.uniform(-1, 1, 3) * r.camera_rot_rad)
@@ -141,11 +156,17 @@ class ShownEnv(BaseEnv):
                 camera.local_pose = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
         if not shown:
             return
-        self._sun.color = [1.6 * sun] * 3
-        self.scene.sub_scenes[0].set_ambient_light([0.35 * ambient] * 3)
-        repaint([self.table._objs[0]], colours["table"])
-        repaint([self.goal._objs[0]], colours["goal"])
-        repaint([link.entity for link in self._robot.links], colours["arm"])
+        self._sun.color = [SUN * sun] * 3
+        self.scene.sub_scenes[0].set_ambient_light([AMBIENT * ambient] * 3)
+        for shape, colour in zip(shown_shapes(self.table._objs[0]), planks, strict=False):  # none where splats draw it
+            repaint(shape, colour)
+        for actor in ("goal", "room"):
+            for shape in shown_shapes(getattr(self, actor)._objs[0]):
+                repaint(shape, colours[actor])
+        for link in self._robot.links:
+            for shape in shown_shapes(link.entity):
+                tip = "finger" in link.entity.name and shape.local_pose.p[2] > TIP_FROM_M
+                repaint(shape, colours["joint" if tip or link.entity.name.endswith(DARK_LINKS) else "arm"])
 
 
 def sapien_camera_pose(T_mount_cam: np.ndarray) -> sapien.Pose:
@@ -172,11 +193,11 @@ def nearest(distance_m: np.ndarray, share: int) -> np.ndarray:
     return np.minimum.reduce([depth_m[i::share, j::share] for i in range(share) for j in range(share)])
 
 
-def repaint(entities: list[sapien.Entity], colour: np.ndarray) -> None:
-    """Fingers keep their own dark colour."""
-    for entity in entities:
-        body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-        for shape in [] if body is None or "finger" in entity.name else body.render_shapes:
-            parts = shape.parts if hasattr(shape, "parts") else [shape]
-            for part in parts:
-                part.material.base_color = [*map(float, colour), 1.0]
+def shown_shapes(entity: sapien.Entity) -> list[Any]:
+    body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    return [] if body is None else list(body.render_shapes)
+
+
+def repaint(shape: Any, colour: np.ndarray) -> None:
+    for part in shape.parts if hasattr(shape, "parts") else [shape]:
+        part.material.base_color = base_colour(colour)

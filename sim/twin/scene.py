@@ -24,7 +24,7 @@ from sim.twin.looks import ShownEnv
 
 STILL_M_PER_S = 0.02
 LIFTED_M = 0.02
-TABLE_HALF_M = [0.6, 0.7, 0.02]
+TABLE_CENTRE_M, TABLE_HALF_M = (0.42, 0.0), (0.6, 0.7, 0.02)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class TwinEnv(ShownEnv):
             arm_stiffness=self.twin.arm_stiffness,
             arm_damping=self.twin.arm_damping,
             gripper_force_limit=self.twin.gripper_force,
+            gripper_damping=self.twin.gripper_damping,
             gripper_speed_m_s=self.twin.gripper_speed_m_s,
             gripper_range_m=(self.embodiment.gripper_closed_m, self.embodiment.gripper_open_m),
             max_translation_m=self.embodiment.max_translation_m,
@@ -85,12 +86,16 @@ class TwinEnv(ShownEnv):
     def _load_scene(self, options: dict):
         twin = self.twin
         if self.scene.can_render():
-            use_collision_shapes_as_visuals(self.agent.robot, tuple(twin.arm_colour))
+            use_collision_shapes_as_visuals(self.agent.robot)
+            self.room = self._room()
         self._surface = sapien.physx.PhysxMaterial(twin.friction, twin.friction, 0.0)
         table = self.scene.create_actor_builder()
-        below = sapien.Pose([0.45, 0.0, -TABLE_HALF_M[2]])
-        table.add_box_collision(below, TABLE_HALF_M, material=self._surface)
-        table.add_box_visual(below, TABLE_HALF_M, material=paint(twin.table_colour))
+        (x, y), (half_x, half_y, half_z) = TABLE_CENTRE_M, TABLE_HALF_M
+        table.add_box_collision(sapien.Pose([x, y, -half_z]), TABLE_HALF_M, material=self._surface)
+        half_plank = half_y / twin.table_planks
+        for plank in range(twin.table_planks):
+            place = sapien.Pose([x, y - half_y + (2 * plank + 1) * half_plank, -half_z])
+            table.add_box_visual(place, [half_x, half_plank, half_z], material=paint(twin.table_colour))
         table.initial_pose = sapien.Pose()
         self.table = table.build_static("table")
         self._entities: list[sapien.Entity] = []

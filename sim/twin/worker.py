@@ -158,7 +158,7 @@ class Twin(Episodes):
                 raise ValueError(f"{scene}: {self.config.task} has no {unknown}; it has {', '.join(sorted(known))}")
         self._bound = links, actors
         if self.sapien_draws:  # what the scene holds is not drawn twice
-            self.env.hide(links, actors + ["table"] * has_fixed)
+            self.env.hide(links, [*actors, "room", *["table"] * has_fixed])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from bridge.embodiment import Embodiment
 from sim.twin.config import Randomization, TwinConfig
 from sim.twin.vector_env import Twin
 
-FIXED_LOOKS = Randomization(light=0.0, colour=0.0, camera_pos_m=0.0, camera_rot_rad=0.0)
+FIXED_LOOKS = Randomization(light=0.0, colour=0.0, planks=0.0, camera_pos_m=0.0, camera_rot_rad=0.0)
 
 
 @pytest.fixture(scope="session")

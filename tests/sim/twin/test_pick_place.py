@@ -158,7 +158,7 @@ def test_legacy_predicate_calls_held_objects_put_down(picker):
 
 def test_latency_and_friction_are_off_by_default_and_drawn_from_the_seed(embodiment):
     assert (TwinConfig().latency_s, Randomization().latency_s, Randomization().friction) == (0.0, 0.0, 0.0)
-    wild = Randomization(0.0, 0.0, 0.0, 0.0, friction=0.5, latency_s=0.2)
+    wild = Randomization(0.0, 0.0, 0.0, 0.0, 0.0, friction=0.5, latency_s=0.2)
     twin = Twin(TwinConfig(randomization=wild), embodiment, render=False)
     delays, frictions = [], []
     for seed in (0, 1, 2, 3, 0):
