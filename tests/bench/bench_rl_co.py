@@ -9,6 +9,16 @@ that no demonstration and no rollout began from. The robot's demonstrations cove
 and all trials a wide one: where demonstrations cover what is tried, the stand-in's alone reach 97 % (58 of 60, measured
 with 50 of them) and there is nothing to show. Every job is a command of `cotwin`; what is finished stays below
 `--root`, an interrupted one goes on there. When the minutes are over, jobs are stopped, and what there is is written.
+
+Why the defaults are what they are:
+
+    --twin-demos 20     few, so that practice has room: rollouts should begin at 35 to 45 %
+    --sft-steps 3000    the same for all arms; a mixture has more to learn, and is short of steps before the others
+    --alpha 0.5         the twin's share of a mixed batch: the robot's 2200 rows are seen 22 times, alone 43 times
+    --envs 64           as many as episodes: all begin at once, and 13 rounds wait for the slowest worker, not 34
+    --first-trial 1000  seeds of trials; settings are probed with others: --stages 1 --seeds 7 --first-trial 5000
+
+`--arms` names those of Stage II to run.
 """
 
 import argparse
@@ -70,13 +80,15 @@ class Study:
             "sim": self.add("data", "twin_demos", self.demos("twin", args.twin_demos, 0.06, 0.002), 16),
             "real": self.add("data", "cell_demos", self.demos("stand_in", args.cell_demos, 0.0, 0.0), 16),
         }
+        self.arms = [*STAGE_1, *(args.arms if args.stages == 2 else ())]
         for seed in args.seeds:
             stage_1 = {}
             for arm, sides in STAGE_1.items():
                 sft = self.add(f"{arm}.{seed}", "sft", self.sft(arm, seed, sides), 2, [data[side] for side in sides])
                 stage_1[arm] = sft
                 self.evaluate(f"{arm}.{seed}", sft)
-            for arm, (start, keys) in STAGE_2.items() if args.stages == 2 else ():
+            for arm in self.arms[len(STAGE_1) :]:
+                start, keys = STAGE_2[arm]
                 command = self.train(f"{arm}.{seed}", f"{start}.{seed}", seed, keys)
                 train = self.add(f"{arm}.{seed}", "train", command, args.workers, [stage_1[start], data["real"]])
                 self.evaluate(f"{arm}.{seed}", train)
@@ -104,6 +116,7 @@ class Study:
 
     def sft(self, arm: str, seed: int, sides: tuple[str, ...]) -> Callable[[], list[str]]:
         keys = [f"seed={seed}", f"steps={self.args.sft_steps}", "max_seconds=0", f"device={DEVICE}", "threads=1"]
+        keys.append(f"data.alpha={self.args.alpha}")
         return lambda: ["sft", *self.named(f"{arm}.{seed}"), *keys, *self.data(sides)]
 
     def train(self, run: str, start: str, seed: int, keys: list[str]) -> Callable[[], list[str]]:
@@ -117,10 +130,10 @@ class Study:
 
     def evaluate(self, run: str, of: Job) -> None:
         a, named = self.args, self.named(run)
-        cell = [f"trials={a.trials}", "seed=1000", "workers=8"]
+        cell = [f"trials={a.trials}", f"seed={a.first_trial}", "workers=8"]
         twin = [
             f"episodes={a.trials}",
-            "seed=1000",
+            f"seed={a.first_trial}",
             "workers=8",
             "envs=24",
             "video=false",
@@ -178,7 +191,7 @@ class Study:
 
     def results(self) -> dict[str, Any]:
         arms = {}
-        for arm in (*STAGE_1, *STAGE_2) if self.args.stages == 2 else STAGE_1:
+        for arm in self.arms:
             seeds = [self.seed_result(f"{arm}.{seed}") | {"seed": seed} for seed in self.args.seeds]
             arms[arm] = {"seeds": seeds, "cell": pooled(seeds, "cell_eval"), "twin": pooled(seeds, "twin_eval")}
         return arms
@@ -215,12 +228,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--twin-demos", type=int, default=20)
     parser.add_argument("--cell-demos", type=int, default=50)
-    parser.add_argument("--sft-steps", type=int, default=2000)
+    parser.add_argument("--sft-steps", type=int, default=3000)
+    parser.add_argument("--alpha", type=float, default=0.5, help="the twin's share of a mixed batch")
     parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--envs", type=int, default=24, help="twins of a Stage II run")
+    parser.add_argument("--envs", type=int, default=64, help="twins of a Stage II run")
     parser.add_argument("--episodes", type=int, default=64, help="of an iteration")
     parser.add_argument("--workers", type=int, default=8, help="processes of a Stage II run")
     parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--first-trial", type=int, default=1000, help="seed of the first trial")
+    parser.add_argument("--arms", nargs="+", choices=STAGE_2, default=list(STAGE_2), help="of Stage II")
     parser.add_argument("--stages", type=int, choices=(1, 2), default=2)
     parser.add_argument("--algo", nargs="*", default=ALGO, help="more keys of `cotwin train`")
     args = parser.parse_args()
@@ -228,13 +244,14 @@ def main() -> None:
     study = Study(args)
     study.work()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    gpus = f"{args.gpus} {torch.cuda.get_device_name()}" if DEVICE == "cuda" else "none"
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "minutes")}
     document = {
         "name": "rl_co",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "command": "python -m tests.bench.bench_rl_co",
-        "machine": {"cpu_cores": os.cpu_count()},
+        "machine": {"gpu": gpus, "cpu_cores": os.cpu_count()},
         "settings": settings,
         "minutes": (time.monotonic() - started_s) / 60,
         "arms": study.results(),
