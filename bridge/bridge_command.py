@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bridge.config import command_line
+from bridge.config import command_line, errors_in_one_line
 from bridge.embodiment import Embodiment
-from bridge.errors import BridgeError
 from bridge.keys import Keys
 from bridge.messages import Observation
 from bridge.pictures import CODINGS
@@ -41,6 +40,7 @@ class BridgeConfig:
     embodiment: Embodiment = field(default_factory=Embodiment)
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     action, settings = (argv[0], argv[1:]) if argv and argv[0] in ACTIONS else (None, argv)
     config = command_line("bridge", BridgeConfig, settings, __doc__)
@@ -48,12 +48,8 @@ def main(argv: list[str]) -> int:
         print(f"error: say what to do: cotwin bridge {'|'.join(ACTIONS)} (cotwin bridge --help)", file=sys.stderr)
         return 1
     endpoint = config.endpoint or ENDPOINTS[action]
-    try:
-        keys = Keys.at(config.keys, config.peer)
-        {"top": top, "echo": echo, "bench": bench}[action](endpoint, keys, config)
-    except (ValueError, BridgeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    keys = Keys.at(config.keys, config.peer)
+    {"top": top, "echo": echo, "bench": bench}[action](endpoint, keys, config)
     return 0
 
 

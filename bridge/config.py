@@ -5,8 +5,9 @@ A key that neither knows is a ValueError with a suggestion.
 """
 
 import difflib
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bridge.errors import BridgeError
+
+Main = Callable[[list[str]], int]
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -67,6 +71,23 @@ def command_line[Config](name: str, schema: type[Config], argv: list[str], about
         print("\n".join(f"  {line}" for line in OmegaConf.to_yaml(OmegaConf.structured(config)).splitlines()))
         sys.exit(0)
     return config
+
+
+def errors_in_one_line(*more: type[Exception]) -> Callable[[Main], Main]:
+    """For a command's `main`: ValueError, BridgeError and `more` end it with one line and status 1, not a traceback."""
+
+    def wrap(main: Main) -> Main:
+        @functools.wraps(main)
+        def told(argv: list[str]) -> int:
+            try:
+                return main(argv)
+            except (ValueError, BridgeError, *more) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+
+        return told
+
+    return wrap
 
 
 def save(config: Any, path: Path) -> None:

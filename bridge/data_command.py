@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bridge.config import command_line
+from bridge.config import command_line, errors_in_one_line
 from bridge.dataset import DatasetStore
 from bridge.dataset_schema import CODEBASE_VERSION
 from bridge.durable import UNFINISHED
@@ -49,25 +49,22 @@ class DataCommandConfig:
     private: bool = True  # push
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     action, settings = (argv[0], argv[1:]) if argv and argv[0] in ACTIONS else (None, argv)
     config = command_line("data", DataCommandConfig, settings, __doc__)
-    try:
-        match action:
-            case "inspect":
-                return show(inspect(_needed(config.root, "root", action)))
-            case "repair":
-                return repair(config)
-            case "merge":
-                sources = [Path(source) for source in config.sources]
-                print(summary(merge(sources, _needed(config.out, "out", action), config.repo_id, config.fps)))
-            case "push":
-                print(push(_needed(config.root, "root", action), config.repo_id, config.private))
-            case _:
-                raise ValueError(f"say what to do: cotwin data {'|'.join(ACTIONS)} (cotwin data --help)")
-    except (ValueError, BridgeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    match action:
+        case "inspect":
+            return show(inspect(_needed(config.root, "root", action)))
+        case "repair":
+            return repair(config)
+        case "merge":
+            sources = [Path(source) for source in config.sources]
+            print(summary(merge(sources, _needed(config.out, "out", action), config.repo_id, config.fps)))
+        case "push":
+            print(push(_needed(config.root, "root", action), config.repo_id, config.private))
+        case _:
+            raise ValueError(f"say what to do: cotwin data {'|'.join(ACTIONS)} (cotwin data --help)")
     return 0
 
 

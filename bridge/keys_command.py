@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bridge.config import command_line
+from bridge.config import command_line, errors_in_one_line
 from bridge.keys import Keys, Peer
 
 ACTIONS = ("new", "show", "allow", "revoke")
@@ -28,26 +28,23 @@ class KeysConfig:
     card: str | None = None  # allow: the other's public.json
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     action, settings = (argv[0], argv[1:]) if argv and argv[0] in ACTIONS else (None, argv)
     config = command_line("keys", KeysConfig, settings, __doc__)
     folder = Path(config.folder).expanduser()
-    try:
-        match action:
-            case "new":
-                print(new(folder, config.name, config.role))
-            case "show":
-                print(show(Keys(folder)))
-            case "allow":
-                print(allow(Keys(folder), config.card, config.role))
-            case "revoke":
-                peer = Keys(folder).revoke(_needed(config.name, "name", action))
-                print(f"revoked {peer.name} ({peer.role})")
-            case _:
-                raise ValueError(f"say what to do: cotwin keys {'|'.join(ACTIONS)} (cotwin keys --help)")
-    except ValueError as error:
-        print(f"error: {error}")
-        return 1
+    match action:
+        case "new":
+            print(new(folder, config.name, config.role))
+        case "show":
+            print(show(Keys(folder)))
+        case "allow":
+            print(allow(Keys(folder), config.card, config.role))
+        case "revoke":
+            peer = Keys(folder).revoke(_needed(config.name, "name", action))
+            print(f"revoked {peer.name} ({peer.role})")
+        case _:
+            raise ValueError(f"say what to do: cotwin keys {'|'.join(ACTIONS)} (cotwin keys --help)")
     return 0
 
 

@@ -7,14 +7,13 @@ where it is set. Some files are gigabytes.
 
 import hashlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bridge.config import did_you_mean
+from bridge.config import did_you_mean, errors_in_one_line
 
 USAGE = "usage: cotwin fetch NAME [to=FOLDER] [revision=main]"
 CHECKPOINT = (
@@ -67,18 +66,15 @@ DEFAULT_HOMES = {"HF_LEROBOT_HOME": "data", "MANISKILL_ASSET_DIR": "assets"}
 OWNER = "RLinf"
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("\n".join([USAGE, "", str(__doc__), "names:", *(f"  {name}" for name in RELEASED)]))
         return 0
     name, options = argv[0], dict(text.partition("=")[::2] for text in argv[1:])
-    try:
-        if unknown := sorted(options.keys() - {"to", "revision"}):
-            raise ValueError(f"unknown keys {unknown}: allowed are to and revision")
-        folder = fetch(name, Path(options["to"]) if "to" in options else None, options.get("revision", "main"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if unknown := sorted(options.keys() - {"to", "revision"}):
+        raise ValueError(f"unknown keys {unknown}: allowed are to and revision")
+    folder = fetch(name, Path(options["to"]) if "to" in options else None, options.get("revision", "main"))
     released = RELEASED[name]
     print(
         f"{name} is in {folder}\n"

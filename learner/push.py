@@ -4,7 +4,6 @@
 move forward unless somebody says otherwise.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from tqdm import tqdm
 
 from bridge.checkpoint import latest_bundle, verify_bundle
 from bridge.checkpoint_stream import CheckpointPublisher
-from bridge.config import command_line
-from bridge.errors import BridgeError, BridgeTimeout
+from bridge.config import command_line, errors_in_one_line
+from bridge.errors import BridgeTimeout
 from bridge.keys import Keys
 from bridge.run_files import write_stage
 
@@ -40,13 +39,10 @@ class PushConfig:
             raise ValueError("max_mb_per_s and confirmations must not be negative, timeout_s must be above 0")
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     config = command_line("push", PushConfig, argv, __doc__)
-    try:
-        figures = push(config)
-    except (BridgeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    figures = push(config)
     if config.run:
         write_stage(Path(config.run), config.stage, figures["delivery_s"], figures)
     print(f"version {figures['version']} runs on {figures['confirmed_by']} after {figures['delivery_s']:.2f} s")

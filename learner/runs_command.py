@@ -7,12 +7,14 @@ from typing import Any
 
 import yaml
 
+from bridge.config import errors_in_one_line
 from learner.run_folder import Run, load_run
 
 LAST = 5  # points of a curve that its end is the mean of
 USAGE = "usage: cotwin runs compare A B [C ...]"
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}")
@@ -20,11 +22,7 @@ def main(argv: list[str]) -> int:
     if argv[0] != "compare" or len(argv) < 3:
         print(f"error: {' '.join(argv)}: {USAGE}", file=sys.stderr)
         return 2
-    try:
-        print(compare([load_run(find(name)) for name in argv[1:]]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(compare([load_run(find(name)) for name in argv[1:]]))
     return 0
 
 

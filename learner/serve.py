@@ -8,7 +8,6 @@ and takes over between two requests. Every chunk carries the version that made i
 import logging
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from bridge.checkpoint import latest_bundle, verify_bundle
 from bridge.checkpoint_stream import CheckpointSubscriber
-from bridge.config import command_line
+from bridge.config import command_line, errors_in_one_line
 from bridge.embodiment import Embodiment
 from bridge.errors import BridgeError
 from bridge.keys import Keys
@@ -159,15 +158,12 @@ class Follower(threading.Thread):
         self._shadow.watch(None)
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     config = command_line("serve", ServeConfig, argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     torch.set_num_threads(config.threads)
-    try:
-        serve(config)
-    except (BridgeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    serve(config)
     return 0
 
 

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from bridge import durable
 from bridge.checkpoint import verify_bundle
-from bridge.config import command_line
-from bridge.errors import BridgeError
+from bridge.config import command_line, errors_in_one_line
 from bridge.run_files import RunConfig, append_line, read_lines, write_stage
 from bridge.statistics import success_figures, wilson_interval
 from bridge.video import write_video
@@ -58,14 +57,11 @@ class TwinEvalConfig(RunConfig):
         return self.libero if self.libero.suite else self.twin
 
 
+@errors_in_one_line()
 def main(argv: list[str]) -> int:
     config = command_line("twin-eval", TwinEvalConfig, argv, __doc__)
     torch.set_num_threads(config.threads)
-    try:
-        figures = evaluate(config)
-    except (BridgeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    figures = evaluate(config)
     for name, line in figures.items():
         if name.startswith("task: "):
             print(f"{line:<26} {name.removeprefix('task: ')}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyrealsense2 as rs
 
-from bridge.config import command_line
+from bridge.config import command_line, errors_in_one_line
 from bridge.embodiment import Camera, Embodiment
 from robot.camera import CameraReader, Picture
 from robot.config import CameraConfig
@@ -128,16 +128,13 @@ def check(config: CheckConfig) -> dict[str, tuple[dict[str, float], list[str]]]:
             reader.close()
 
 
+@errors_in_one_line(SessionError)
 def main(argv: list[str]) -> int:
     if argv[:1] != ["check"]:
         print(f"usage: cotwin camera check [key=value ...]\n\n{(__doc__ or '').strip()}")
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     config = command_line("camera", CheckConfig, argv[1:], __doc__ or "")
-    try:
-        results = check(config)
-    except (ValueError, SessionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = check(config)
     for name, (figures, problems) in results.items():
         print(f"{name}: {'; '.join(problems) or 'good'}")
         print("  " + ", ".join(f"{key} {value:g}" for key, value in figures.items()))

@@ -8,7 +8,6 @@ saved, failures thrown away (`keep_failures=true` keeps them). A session that wa
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bridge.config import command_line, save
+from bridge.config import command_line, errors_in_one_line, save
 from bridge.embodiment import Embodiment
 from bridge.errors import RobotFault
 from bridge.run_files import RunConfig, append_line, read_lines, write_stage
@@ -61,15 +60,12 @@ class RecordConfig(RunConfig):
         return self.run / "record" / "attempts.jsonl"
 
 
+@errors_in_one_line(RobotFault, SessionError)
 def main(argv: list[str]) -> int:
     config = command_line("record", RecordConfig, argv, __doc__)
     save(config, config.run / "config" / "record.yaml")
     started_s = time.monotonic()
-    try:
-        record(config)
-    except (SessionError, RobotFault, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    record(config)
     attempts = read_lines(config.attempts_file)
     video = config.run / "videos" / "record.mp4"
     files = {"demonstration": video} if video.exists() else {}

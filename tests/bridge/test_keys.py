@@ -63,14 +63,14 @@ def test_the_command_makes_shows_allows_and_revokes(tmp_path, capsys):
     assert "secret" not in shown
     assert keys_command.main(["revoke", ours, "name=gpu"]) == 0
     assert keys_command.main(["revoke", ours, "name=gpu"]) == 1
-    assert "no key named 'gpu'" in capsys.readouterr().out
+    assert "no key named 'gpu'" in capsys.readouterr().err
     for wrong, said in [
         (["new", ours], "needs name="),
         (["allow", ours, "card=/x"], "not a public key card"),
         ([], "say what"),
     ]:
         assert keys_command.main(wrong) == 1
-        assert said in capsys.readouterr().out
+        assert said in capsys.readouterr().err
     with pytest.raises(ValueError, match="allowed are robot, server, learner, viewer"):
         Keys.new(tmp_path / "x", "x", "king")
 
