@@ -1,8 +1,8 @@
-"""The operator's page: cameras, safety state, limits, policy and tick health, episode marks, and the stop.
+"""The operator's page: cameras, safety state, limits, policy and who is in control, episode marks, and the stop.
 
 Prints an address with a token; open it in a browser on this machine. Space or Esc stops the arm from anywhere on the
 page. `host=` opens it to other machines, in clear text: on a network that you trust only. Stop, acknowledge and home
-are the arm's own services, so whatever the arm refuses is refused here too.
+are the arm's own services, start and stop of the policy the runtime's, so whatever they refuse is refused here too.
 """
 
 import base64
@@ -36,7 +36,8 @@ from robot.safety import SafetyLimits
 from robot.spin import run_node
 
 STATUSES = ("safety_state", "runtime_status", "recorder_status")
-SERVICES = ("stop", "acknowledge", "home")
+SERVICES = {"stop": "stop", "acknowledge": "acknowledge", "home": "home"}
+SERVICES |= {"start policy": "runtime_node/start", "stop policy": "runtime_node/stop"}  # by the word on the page
 LIMITS = [field.name for field in fields(SafetyLimits)]
 LOOK_PERIOD_S = 0.5
 NEWEST = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -77,7 +78,7 @@ class ConsoleNode(Node):
         self.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, QoSProfile(depth=10))
         self.create_subscription(String, "operator/prompt", self._on_prompt, LATCHED)
         self._marks = self.create_publisher(String, "teleop/mark", QoSProfile(depth=10))
-        self._calls = {name: self.create_client(Trigger, name) for name in SERVICES}
+        self._calls = {name: self.create_client(Trigger, service) for name, service in SERVICES.items()}
         self._arm = AsyncParameterClient(self, "arm_node")
         self._asked: dict[str, Future] = {}  # whoever asks must hold on to the answer to come
         self.create_timer(LOOK_PERIOD_S, self._look, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -133,7 +134,7 @@ class ConsoleNode(Node):
     def _call(self, name: str) -> None:
         client = self._calls[name]
         if not client.service_is_ready():
-            self._note = f"{name}: the arm's node does not answer"
+            self._note = f"{name}: nobody answers {SERVICES[name]}"
             return
         self._note = f"{name}: asked"
         self._asked[name] = client.call_async(Trigger.Request())

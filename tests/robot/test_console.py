@@ -29,7 +29,7 @@ from robot.session import Session, SessionConfig
 from robot.up import Graph
 from tests.robot.cell import loopback
 from tests.robot.session_file import read_session
-from tests.robot.test_graph import Probe
+from tests.robot.test_graph import UP_AND_DOWN, Probe
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -50,12 +50,19 @@ def probe(sessions):
     domain, port = random.randint(1, 100), random.randint(20_000, 50_000)
     os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(domain), "LOCALHOST"
     args = {"host": loopback(), "cell_control": f"tcp://127.0.0.1:{port}", "cell_frames": f"tcp://127.0.0.1:{port + 1}"}
+    args["policy_endpoint"] = f"tcp://127.0.0.1:{port + 2}"
     args |= {"console": "true", "console_port": "0", "mcap": "true", "mcap_folder": str(sessions)}
-    with Graph("launch/cell.launch.yaml", args, io.StringIO()) as graph:
-        probe = Probe(domain, graph)
-        probe.wait(lambda: probe.state() == "IDLE" and probe.state("runtime_status"), "the graph's start")
-        yield probe
-        probe.close()
+    server = [sys.executable, "-c", UP_AND_DOWN, args["policy_endpoint"]]
+    policy = subprocess.Popen(server, cwd=ROOT)
+    try:
+        with Graph("launch/cell.launch.yaml", args, io.StringIO()) as graph:
+            probe = Probe(domain, graph)
+            probe.wait(lambda: probe.state() == "IDLE" and probe.state("runtime_status"), "the graph's start")
+            yield probe
+            probe.close()
+    finally:
+        policy.kill()
+        policy.wait()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,29 @@ def test_what_was_cut_is_shown_and_pictures_go_on(probe, page):
     probe.wait(lambda: re.search(r"clipped: step_dz_m\d", text(page, "#clips")), "the cut")
     probe.wait(lambda: "clipped: stream_" in text(page, "#clips") or "clipped: speed" in text(page, "#clips"), "speed")
     probe.wait(lambda: page.get_attribute("#camera-wrist img", "src") != before, "a picture of the motion")
+
+
+def test_the_policy_is_started_and_stopped_and_the_page_says_who_is_in_control(probe, page):
+    start, stop = "[data-call='start policy']", "[data-call='stop policy']"
+    probe.wait(lambda: text(page, "#control") == "stopped", "the runtime")
+    assert page.is_disabled(stop)
+    page.keyboard.press("p")
+    probe.wait(lambda: text(page, "#control") == "the policy is in control, version 3", "the policy's start")
+    assert text(page, "#note").startswith("start policy: started")
+    assert page.is_disabled(start)
+    probe.wait(lambda: probe.source() == "policy", "an action of the policy")
+
+    def person_is_in_control():
+        probe.send_teleop(0.001, 0, 0, 0, 0, 0, 1)
+        return text(page, "#control").startswith("a person is in control")
+
+    probe.wait(person_is_in_control, "a person who takes over")
+    probe.wait(lambda: text(page, "#control").startswith("the policy"), "the policy again")
+    page.focus(stop)
+    page.keyboard.press("Enter")
+    probe.wait(lambda: text(page, "#control") == "stopped, version 3", "the policy's end")
+    assert text(page, "#note") == "stop policy: stopped"
+    assert page.is_enabled(start)
 
 
 def test_an_evaluation_asks_on_the_page_and_is_answered_by_keys(probe, page, tmp_path, monkeypatch):
