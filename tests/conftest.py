@@ -4,6 +4,7 @@ import sys
 import pytest
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # read once, by whoever imports MuJoCo first
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # at test sizes threads wait for each other longer than they compute
 
 EXIT_STATUS = pytest.StashKey[int]()
 
