@@ -220,7 +220,8 @@ def test_two_of_each_with_an_env_process_that_dies(tmp_path):
     assert second["rollout/weights_version"] > 0
 
 
-@pytest.mark.slow  # three processes that import torch, one of them twice
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # three processes that import torch, one of them twice
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_killed_rollout_worker_costs_its_samples_and_nothing_more(tmp_path, caplog, others):
     """With another worker the iteration goes on without it; alone, its successor plays the iteration again."""
