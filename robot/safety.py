@@ -215,9 +215,10 @@ def limit_wrench(wrench: np.ndarray, limits: SafetyLimits) -> Clip | None:
 def enters(start_m: np.ndarray, end_m: np.ndarray, boxes: np.ndarray) -> bool:
     """Whether a straight line from outside leads into one of the boxes [N, 2, 3]."""
     way = end_m - start_m
+    near = (np.maximum(start_m, end_m) > boxes[:, 0]) & (np.minimum(start_m, end_m) < boxes[:, 1])
     return any(
         not np.all((start_m > lower) & (start_m < upper)) and _entry(start_m, way, lower, upper) < 1.0
-        for lower, upper in boxes
+        for lower, upper in boxes[near.all(axis=1)]
     )
 
 

@@ -43,6 +43,7 @@ class TargetPath:
     def __init__(self, T_base_tcp: np.ndarray, period_s: float, limits: SafetyLimits, stream_period_s: float = 0.02):
         self.period_ns, self._grid_period_ns = round(period_s * 1e9), round(stream_period_s * 1e9)
         self.limits = limits = with_chord_margin(limits, stream_period_s)
+        self._boxes = limits.keep_out_boxes
         self.num_clips: Counter[str] = Counter()
         self._moving = MotionLimit(
             SPEED_SLACK * limits.max_speed_m_s, limits.max_acceleration_m_s2, limits.max_jerk_m_s3, stream_period_s
@@ -112,8 +113,8 @@ class TargetPath:
         would, the poses of the grid in between come first, one a call."""
         streamed = self.at(now_ns)
         ways = [*self._passed, streamed.T_base_target]
-        start_m, boxes, n = self._T_streamed[:3, 3], self.limits.keep_out_boxes, len(ways) - 1
-        while n > 0 and safety.enters(start_m, ways[n][:3, 3], boxes):
+        start_m, n = self._T_streamed[:3, 3], len(ways) - 1
+        while n > 0 and safety.enters(start_m, ways[n][:3, 3], self._boxes):
             n -= 1
         self._T_streamed, self._passed = ways[n], self._passed[n + 1 :]
         return replace(streamed, T_base_target=ways[n])
@@ -129,7 +130,7 @@ class TargetPath:
         """Commit the next step of the grid: from `_T_next`, which is reached at its beginning."""
         self._grid_ns += self._grid_period_ns
         self._T_now, T, h = self._T_next, self._T_next, self._moving.period_s
-        if self.limits.keep_out_m:
+        if len(self._boxes):
             self._passed.append(T)
         if self._is_braking:
             cuts, velocity = [{}, {}], self._braked()
@@ -175,9 +176,7 @@ class TargetPath:
         points = np.vstack([pos_m, pos_m + step_m, pos_m + step_m + rest_m])
         if np.any(points[1:] < self._lower_m) or np.any(points[1:] > self._upper_m):
             return False
-        if not self.limits.keep_out_m:
-            return True
-        return not any(safety.enters(start, end, self.limits.keep_out_boxes) for start, end in pairwise(points))
+        return not any(safety.enters(start, end, self._boxes) for start, end in pairwise(points))
 
     def _braked(self) -> np.ndarray:
         pairs = zip(self._velocity, self._acceleration, (self._moving, self._turning), strict=True)
@@ -204,8 +203,8 @@ class TargetPath:
 
 
 def with_chord_margin(limits: SafetyLimits, stream_period_s: float) -> SafetyLimits:
-    """Also keep away from the boxes by what the straight line between two poses a period apart can cut off a path of the
-    grid that turns between them: a quarter of the change of speed, times the period."""
+    """Also keep away from the boxes by what the straight line between two poses a period apart can cut off a path that
+    turns between them: a quarter of the change of speed, times the period."""
     turn_m_s = min(limits.max_acceleration_m_s2 * stream_period_s, 2 * SPEED_SLACK * limits.max_speed_m_s)
     margin_m = turn_m_s * stream_period_s / 4
     wider = limits.keep_out_boxes + margin_m * np.array([[-1.0], [1.0]])

@@ -145,7 +145,8 @@ def check_stream(stream, limits, halt_after=None):
             assert np.linalg.norm(values, axis=1).max() <= (1.01 if order == 0 else 1.0001) * limit + 1e-6 * 50**order
     assert np.all(position >= np.array(limits.workspace_lower_m) - 1e-8)
     assert np.all(position <= np.array(limits.workspace_upper_m) + 1e-8)
-    assert not any(safety.enters(a, b, limits.keep_out_boxes) for a, b in pairwise(position))
+    boxes = limits.keep_out_boxes
+    assert not any(safety.enters(a, b, boxes) for a, b in pairwise(position))
     return path, sent
 
 
