@@ -2,7 +2,7 @@
 .PHONY: help setup demo test check libero clean
 help:
 	@echo "make demo    the whole loop on this machine's CPU, ending in runs/demo/report.html"
-	@echo "make test    all tests that need no GPU"
+	@echo "make test    the tests that need no GPU and no minutes (the long ones: make test ARGS='-m slow')"
 	@echo "make check   lint and types"
 	@echo "make libero  LIBERO's packages beside the project's own, in .libero (1.5 GB)"
 	@echo "make setup   install what is missing (the others do this by themselves)"
