@@ -65,6 +65,7 @@ def test_another_mujoco_in_the_process_is_named():
 
 
 @installed
+@pytest.mark.slow
 def test_behind_the_vector_interface():
     config = LiberoConfig(suite="libero_spatial", max_steps=6, picture_width=64, picture_height=48)
     with TwinVectorEnv(config, EMBODIMENT, 1, 1, auto_reset=False) as env:
