@@ -18,7 +18,8 @@ Why the defaults are what they are:
     --envs 64           as many as episodes: all begin at once, and 13 rounds wait for the slowest worker, not 34
     --first-trial 1000  seeds of trials; settings are probed with others: --stages 1 --seeds 7 --first-trial 5000
 
-`--arms` names those of Stage II to run.
+`--arms` names those of Stage II to run. Where the robot's demonstrations alone leave no room above them, `--narrow` is
+what to turn.
 """
 
 import argparse
@@ -39,12 +40,10 @@ from bridge.checkpoint import latest_bundle
 from bridge.statistics import success_figures
 
 SEEDS = (0, 1, 2)
-WIDE_M, NARROW_M = (
-    ("[0.40,0.24]", "[0.12,0.10]"),
-    ("[0.36,0.20]", "[0.05,0.04]"),
-)  # where cubes start: middle, half-range
+WIDE_M = ("[0.40,0.24]", "[0.12,0.10]")  # where cubes start in the twin and in trials: middle, half-range
 TWIN = [f"twin.cube_center_m={WIDE_M[0]}", f"twin.cube_range_m={WIDE_M[1]}"]
-TAUGHT, TRIED = ([f"cell.layout.cube_pos_m={m}", f"cell.layout.cube_spread_m={r}"] for m, r in (NARROW_M, WIDE_M))
+TRIED = [f"cell.layout.cube_pos_m={WIDE_M[0]}", f"cell.layout.cube_spread_m={WIDE_M[1]}"]
+TAUGHT = ["cell.layout.cube_pos_m=[0.36,0.20]"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGE_1 = {"stand_in_sft": ("real",), "twin_sft": ("sim",), "mixed_sft": ("sim", "real")}
 # 64 episodes are some 500 queries: two steps an epoch. The time limit is the task's own: who is late has failed.
@@ -112,6 +111,7 @@ class Study:
     def demos(self, world: str, episodes: int, start_m: float, noise_m: float) -> Callable[[], list[str]]:
         keys = [f"episodes={episodes}", f"world={world}", f"workers={min(16, self.args.cores)}"]
         keys += [f"start_range_m={start_m}", f"action_noise_m={noise_m}"]
+        keys.append(f"cell.layout.cube_spread_m={list(self.args.narrow)}".replace(" ", ""))
         return lambda: ["twin-demos", *self.named("data"), *keys, *TWIN, *TAUGHT]
 
     def sft(self, arm: str, seed: int, sides: tuple[str, ...]) -> Callable[[], list[str]]:
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--twin-demos", type=int, default=20)
     parser.add_argument("--cell-demos", type=int, default=50)
+    parser.add_argument("--narrow", type=float, nargs=2, default=(0.05, 0.04), help="half-range of cubes (m) there")
     parser.add_argument("--sft-steps", type=int, default=3000)
     parser.add_argument("--alpha", type=float, default=0.5, help="the twin's share of a mixed batch")
     parser.add_argument("--iterations", type=int, default=100)

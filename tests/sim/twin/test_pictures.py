@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from bridge.config import CONFIG_DIR
 from sim.splat.config import SplatConfig
@@ -167,7 +166,7 @@ def test_each_look_is_drawn_alone_and_from_the_seed(twin, monkeypatch, key, valu
 
 def test_the_twin_looks_like_the_cell_that_it_was_calibrated_on(twin, embodiment):
     """Another renderer, another light model, and cameras half a degree off: near, and never the same."""
-    data = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "cell/tabletop.yaml"))
+    data = yaml.safe_load((CONFIG_DIR / "cell/tabletop.yaml").read_text())
     errors = {name: CameraError(**error) for name, error in data["camera_errors"].items()}
     size = (twin.config.picture_height, twin.config.picture_width)
     cell = LockStepCell(CellConfig(camera_errors=errors), embodiment, picture_size=size)
