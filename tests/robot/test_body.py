@@ -42,6 +42,29 @@ def test_joints_of_a_pose_are_found_and_lead_there(body):
     assert body.solve(T, HOME) is None
 
 
+def test_speed_near_an_end_stop_is_what_the_joint_can_still_brake_from(body):
+    """Joint 2, 0.3361 rad before its stop at 1.8361, slows down by 2.585 rad/s2; 0.25 rad/s are kept in hand."""
+    allowed = body.speed_limits(np.array([0.0, 1.5, 0.0, -1.8, 0.0, 2.1, 0.0]))
+    assert allowed[0] == 2.62
+    assert allowed[1] == pytest.approx((2 * 2.585 * 0.3361) ** 0.5 - 0.25)
+    assert body.speed_limits(np.array([0.0, 1.8361, 0.0, -1.8, 0.0, 2.1, 0.0]))[1] == 0.0
+
+
+def test_a_followed_path_ends_in_the_joints_where_it_began(body):
+    """Fifty squares. Solved alone the elbow goes further with each."""
+    corners = [[0.08, 0, 0], [0, 0.12, 0], [-0.08, 0, 0], [0, -0.12, 0]]
+    followed, solved, T = HOME, HOME, body.tcp(HOME).copy()
+    for way in corners * 50:
+        for _ in range(10):
+            T[:3, 3] += np.array(way) / 10
+            followed, solved = body.follow(T, followed, HOME), body.solve(T, solved, 1e-6)
+    assert np.allclose(body.tcp(followed), T, atol=1e-4)
+    assert np.abs(followed - HOME).max() < 0.02
+    assert np.abs(solved - HOME).max() > 0.05
+    T[0, 3] = 2.0
+    assert body.follow(T, followed, HOME) is None
+
+
 def walk(body, action, num_steps=60):
     """Steps of one action from home, joints following: where it ends, and all that was cut."""
     T, q, cut = body.tcp(HOME), HOME, []
