@@ -3,7 +3,7 @@
 For each trial: a fresh scene, the arm at home, the policy on, until the task is done for `hold_s` or `trial_s` is over.
 One line of `eval/<label>.jsonl` for each trial: success, times, policy versions, jitter and latency. Trials that are
 there already are not repeated. With `plan=FILE` several policies meet the same scenes in a shuffled order, nobody at
-the table is told which one is on (see `robot.plan`), and their success rates are compared scene by scene.
+the table is told which one is on (see `bridge.trials`), and their success rates are compared scene by scene.
 
 A fault (of the arm, or a policy that stopped answering) is neither success nor failure of the policy: it is counted
 apart, and its trial is not part of the success rate.
@@ -17,18 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from bridge.config import command_line, save
 from bridge.embodiment import Embodiment
 from bridge.errors import RobotFault
 from bridge.run_files import append_line, read_lines, write_stage
-from bridge.statistics import wilson_interval
-from robot.compare import compare
-from robot.plan import Plan, Switch, load_plan
+from bridge.trials import Plan, load_plan, report, summarise
 from robot.scene import SessionError
 from robot.session import Session, SessionConfig
+from robot.switch import Switch, is_endpoint
 
 # What the runtime says of the time since its last start, as JSON in `runtime_status`.
 RUNTIME_FIGURES = ("policy_versions", "tick_jitter_ms", "chunk_latency_ms", "holds", "errors")
@@ -93,12 +91,10 @@ def main(argv: list[str]) -> int:
 def evaluate(config: EvalConfig) -> None:
     """Run the trials that are missing. Raises SessionError when too many end in faults."""
     if config.plan:
-        plan = load_plan(Path(config.plan))
+        plan = load_plan(Path(config.plan), is_endpoint, "tcp://127.0.0.1:5601")
     else:
         plan = Plan([(config.seed + n, "") for n in range(config.trials)], {"": config.policy_endpoint})
-    known = {(trial["seed"], trial.get("policy", "")) for trial in read_lines(config.trials_file)}
-    missing = [trial for trial in plan.trials if trial not in known]
-    if not missing:
+    if not (missing := plan.missing(config.trials_file)):
         return
     faults = 0
     needs, log = ["runtime_node/start", "runtime_node/stop"], config.run / "logs" / f"eval_{config.label}_nodes.log"
@@ -115,15 +111,6 @@ def evaluate(config: EvalConfig) -> None:
             faults += bool(trial["fault"])
             if faults > config.max_faults:
                 raise SessionError(f"{faults} trials ended in faults, the last one: {trial['fault']}")
-
-
-def report(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of each policy of a plan (`policy/figure`), and of every two compared (`one-other/figure`)."""
-    figures: dict[str, Any] = {}
-    for policy in sorted({trial["policy"] for trial in trials}):
-        own = summarise([trial for trial in trials if trial["policy"] == policy])
-        figures |= {f"{policy}/{key}": value for key, value in own.items()}
-    return figures | compare(trials)
 
 
 def run_trial(session: Session, config: EvalConfig, seed: int) -> dict[str, Any]:
@@ -186,33 +173,3 @@ def watch(session: Session, config: EvalConfig, begin_s: float) -> float | None:
     if scene.automatic:
         return round(since_s, 3) if since_s is not None and end_s - since_s >= config.hold_s else None
     return round(end_s, 3) if scene.judge() else None
-
-
-def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of all trials. Percentiles are over all their ticks and chunks. The rate is of the newest policy version:
-    faults are not part of it, nor are trials in which (or before which) the checkpoint was swapped."""
-    newest = max((version for trial in trials for version in trial["policy_versions"]), default=None)
-    handovers = [trial for trial in trials if not trial["fault"] and set(trial["policy_versions"]) - {newest}]
-    counted = [trial for trial in trials if not trial["fault"] and trial not in handovers]
-    successes = sum(trial["success"] for trial in counted)
-    low, high = wilson_interval(successes, len(counted))
-    versions = [version for trial in trials for version in trial["policy_versions"]]
-    figures: dict[str, Any] = {
-        "successes": successes,
-        "trials": len(counted),
-        "success_rate": round(successes / len(counted), 4) if counted else 0.0,
-        "wilson_low": round(low, 4),
-        "wilson_high": round(high, 4),
-        "faults": sum(bool(trial["fault"]) for trial in trials),
-        "handover_trials": len(handovers),
-        "holds": sum(trial["holds"] for trial in trials),
-    }
-    if versions:
-        figures |= {"policy_version_before": versions[0], "policy_version_after": versions[-1]}
-    if times := [trial["time_to_success_s"] for trial in counted if trial["success"]]:
-        figures["time_to_success_s"] = round(float(np.median(times)), 3)
-    for name in ("chunk_latency", "tick_jitter"):
-        if values := [value for trial in trials for value in trial[f"{name}_ms"]]:
-            p50, p99 = np.percentile(values, [50, 99])
-            figures |= {f"{name}_p50_ms": round(float(p50), 3), f"{name}_p99_ms": round(float(p99), 3)}
-    return figures

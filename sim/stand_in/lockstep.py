@@ -71,6 +71,7 @@ class LockStepCell:
         home = np.array(e.home_joint_pos_rad)
         mujoco.mj_resetData(world.model, world.data)
         world.set_drive(Drive.POSITION)
+        world.set_hand_force(MOVE_FORCE_N)
         world.q[:], world.fingers_m[:] = home, e.gripper_open_m / 2
         world.reset(seed, force=True)
         self._q_d, self._dq_d = home.copy(), np.zeros(7)

@@ -6,7 +6,8 @@ recorder: ten minutes of the stand-in cell at 30 fps, two pictures of 640x480 an
 kills: SIGKILL to the recorder at random moments (tests/bench/robot_kills.py). loop: commands at 20 Hz with cameras and
 recorder running and a policy that takes 300 ms for a chunk, beside LeRobot's record loop on the same cell (which has no
 policy to wait for; it goes by the wall clock, ours by the cell's). streams: the property test of the streamed target.
-faults: what robot_faults.json says.
+evaluation: two checkpoints of `cotwin demo` (or of the folder CHECKPOINTS names) in the cell in lock step, killed and
+resumed (tests/bench/robot_evaluation.py). faults: what robot_faults.json says.
 Writes docs/results/robot.json (docs/contract.md, section 9). Meaningful on a quiet machine only.
 """
 
@@ -38,7 +39,7 @@ from robot.params import load_embodiment
 from robot.stamped import matrix_of, stamp_ns
 from robot.up import Graph
 from sim.stand_in.client import CellClient
-from tests.bench import robot_kills
+from tests.bench import robot_evaluation, robot_kills
 from tests.bench.bench_bridge import figure, machine
 from tests.bench.bridge_swap import RATE_HZ, ROOT, Watcher, launch_file
 from tests.robot.cell import loopback
@@ -47,6 +48,7 @@ from tests.robot.test_target import bounds, check_stream, limits_of, streams
 
 RESULT = ROOT / "docs/results/robot.json"
 FAULTS = ROOT / "docs/results/robot_faults.json"
+CHECKPOINTS = Path(os.environ.get("CHECKPOINTS", ROOT / "runs/demo/checkpoints"))  # as `cotwin demo` leaves them
 SLOW_POLICY = """
 import sys, threading, time
 import numpy as np
@@ -325,6 +327,7 @@ PARTS = {
     "kills": lambda quick: robot_kills.bench_kills(figure, quick),
     "loop": bench_loop,
     "streams": bench_streams,
+    "evaluation": lambda quick: robot_evaluation.bench_evaluation(figure, quick, CHECKPOINTS),
     "faults": bench_faults,
 }
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from bridge.run_files import read_lines
+from bridge.trials import summarise
 from robot import evaluate
 from robot.evaluate import EvalConfig
 from robot.scene import SessionError
@@ -65,7 +66,7 @@ def test_faults_are_not_failures(run):
         "the policy went silent: BridgeTimeout",
         "",
     ]
-    figures = evaluate.summarise(run.trials())
+    figures = summarise(run.trials())
     assert (figures["successes"], figures["trials"], figures["faults"]) == (1, 2, 3)
 
 
@@ -81,7 +82,7 @@ def test_figures_of_trials():
 
     trials = [trial(seed, seed < 8, 2, [10.0] * 99, [1.0] * 100) for seed in range(10)]
     trials.append(trial(10, False, 2, [110.0] * 10, [5.0] * 100, fault="reflex"))
-    figures = evaluate.summarise(trials)
+    figures = summarise(trials)
     assert (figures["successes"], figures["trials"], figures["faults"]) == (8, 10, 1)
     assert (figures["wilson_low"], figures["wilson_high"]) == (0.4902, 0.9433)
     assert (figures["policy_version_before"], figures["policy_version_after"]) == (2, 2)
@@ -91,7 +92,7 @@ def test_figures_of_trials():
     assert figures["tick_jitter_p99_ms"] == 5.0
 
     handover = [trial(11, True, 1, [10.0], [1.0]), *trials[5:]]
-    figures = evaluate.summarise(handover)
+    figures = summarise(handover)
     assert (figures["successes"], figures["trials"], figures["handover_trials"]) == (3, 5, 1)
     assert (figures["policy_version_before"], figures["policy_version_after"]) == (1, 2)
 
