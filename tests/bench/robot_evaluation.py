@@ -32,11 +32,9 @@ def bench_evaluation(figure: Callable[..., dict], quick: bool, checkpoints: Path
         policies = {"first": str(bundles[0].resolve()), "newest": str(bundles[-1].resolve())}
         plan = {"seed": 7, "scenes": {"first": 5000, "count": scenes}, "policies": policies}
         (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
-        with start(folder, "whole") as process:
-            assert process.wait() == 0
+        finish(folder, "whole")
         killed_after = [kill(folder, "parts", 2 * scenes // (kills + 1)) for _ in range(kills)]
-        with start(folder, "parts") as process:
-            assert process.wait() == 0
+        finish(folder, "parts")
         (lines, stage), (other_lines, other_stage) = (left(folder, name) for name in ("whole", "parts"))
     equal = lines == other_lines and stage == other_stage
     figures = {"evaluation_reports_equal": figure(int(equal), None, None, "", None, 2 * scenes)}
@@ -47,7 +45,15 @@ def bench_evaluation(figure: Callable[..., dict], quick: bool, checkpoints: Path
 
 def start(folder: Path, name: str) -> subprocess.Popen:
     keys = [f"runs_dir={folder}", f"name={name}", f"plan={folder}/plan.yaml"]
-    return subprocess.Popen([sys.executable, "-m", "cotwin", "cell-eval", *keys], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "cotwin", "cell-eval", *keys]
+    with open(folder / f"{name}.log", "w") as log:  # workers whose parent was killed complain before they end
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def finish(folder: Path, name: str) -> None:
+    with start(folder, name) as process:
+        if process.wait():
+            raise RuntimeError((folder / f"{name}.log").read_text()[-3000:])
 
 
 def kill(folder: Path, name: str, trials: int) -> int:
