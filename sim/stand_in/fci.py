@@ -78,14 +78,7 @@ class RobotServer:
 
     def serve(self) -> None:
         """Answer what came by TCP. A client that has gone ends its motion."""
-        if not self.link.has_news():
-            return
-        try:
-            for command, request_id, body in self.link.requests():
-                self._answer(command, request_id, body)
-        except ConnectionError:
-            self.drop()
-        self.link.accept()
+        self.link.serve(self._answer, self.drop)
 
     def control(self) -> bool:
         """Follow the client's command for the last state. False: it is still due, do not step yet."""

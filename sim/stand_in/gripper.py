@@ -56,14 +56,7 @@ class GripperServer:
 
     def serve(self) -> None:
         """Answer what came by TCP. A client that has gone stops the fingers."""
-        if not self.link.has_news():
-            return
-        try:
-            for command, request_id, body in self.link.requests():
-                self._accept(command, request_id, body)
-        except ConnectionError:
-            self.drop()
-        self.link.accept()
+        self.link.serve(self._accept, self.drop)
 
     def control(self) -> None:
         """Move the width's target on, and see whether the goal is reached."""

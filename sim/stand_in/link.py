@@ -4,6 +4,7 @@ import contextlib
 import select
 import socket
 import struct
+from collections.abc import Callable
 
 
 class ClientLink:
@@ -25,15 +26,19 @@ class ClientLink:
     def is_connected(self) -> bool:
         return self._client is not None
 
-    def has_news(self) -> bool:
-        """Whether `accept` or `requests` has something to do."""
-        return bool(self._poll.poll(0))
+    def serve(self, answer: Callable[[int, int, bytes], None], gone: Callable[[], None]) -> None:
+        """`answer(command, id, body)` what came, or `gone()` when the client has left; then take a new one."""
+        if not self._poll.poll(0):
+            return
+        try:
+            for command, request_id, body in self._requests():
+                answer(command, request_id, body)
+        except ConnectionError:
+            gone()
+        self._accept()
 
-    def accept(self) -> None:
-        """Take a new client, or hang up on it at once while there is another: left waiting, it would hang for ever.
-
-        Call after `requests`, which notices that the old one has gone.
-        """
+    def _accept(self) -> None:
+        """Take a new client, or hang up on it at once while there is another: left waiting, it would hang for ever."""
         try:
             newcomer, _ = self._listener.accept()
         except BlockingIOError:
@@ -46,7 +51,7 @@ class ClientLink:
         self._poll.register(newcomer, select.POLLIN)
         self._client = newcomer
 
-    def requests(self) -> list[tuple[int, int, bytes]]:
+    def _requests(self) -> list[tuple[int, int, bytes]]:
         """(command, id, body) of each complete request. Raises ConnectionError when the client has gone."""
         if self._client is None:
             return []
