@@ -115,7 +115,14 @@ def judge(tmp_path_factory):
 @contextmanager
 def connected(address, now_ns, **changes):
     """A driver, homed."""
-    config = ArmConfig(host=address, gripper=GripperConfig(enabled=False), action_timeout_s=1.0, **changes)
+    config = ArmConfig(
+        host=address,
+        gripper=GripperConfig(enabled=False),
+        action_timeout_s=1.0,
+        state_hold_s=1.0,
+        state_fault_s=4.0,
+        **changes,
+    )
     arm = ArmDriver(config, Embodiment(), now_ns)
     arm.start()
     try:
@@ -150,7 +157,8 @@ def emulated():
             commands.append(command["q"].copy())
 
         tracker.apply = apply_and_keep
-        with connected(cell.address, cell.now_ns) as arm:
+        high = SafetyLimits(workspace_lower_m=[0.25, -0.45, 0.25])  # above the table: contacts are another reflex
+        with connected(cell.address, cell.now_ns, limits=high) as arm:
             yield arm, commands
 
 
@@ -177,7 +185,7 @@ def test_the_commands_of_one_wild_stream_keep_every_joint_limit(emulated):
 def test_the_commands_of_any_stream_keep_every_joint_limit(emulated):
     arm, commands = emulated
 
-    @settings(any_stream, max_examples=300)
+    @settings(any_stream, max_examples=200)
     @given(actions)
     def run(stream):
         commands.clear()
