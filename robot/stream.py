@@ -26,6 +26,7 @@ SAME = 5e-5  # m, and rad
 JOINT_ACCELERATION_RAD_S2, JOINT_JERK_RAD_S3 = 9.9, 2400.0
 NO_FILTER_HZ = 1000.0  # its low-pass makes that velocity older still: 5265 rad/s3 where 4950 were without
 MIN_SHARE = 0.01
+SETTLED_S = 0.01
 
 
 class PositionStream:
@@ -59,6 +60,7 @@ class PositionStream:
     def stop(self, meanwhile: Callable[[], None]) -> None:
         """Brake and end the session, calling `meanwhile` often. Raises what the session ended with instead."""
         if self._last is not None and not has_ended(self._robot):
+            time.sleep(SETTLED_S)  # a plan on the heels of another begins with the acceleration of neither
             self._robot.move(franky.JointStopMotion(), asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
             _wait_for_end(self._robot, meanwhile)
 
