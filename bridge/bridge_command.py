@@ -3,6 +3,7 @@
 cotwin bridge top endpoint=tcp://127.0.0.1:5605      live telemetry: rates, latencies, versions, queue lengths
 cotwin bridge echo endpoint=tcp://0.0.0.0:5601 ...   a no-op policy server, for the far end of a link
 cotwin bridge bench endpoint=tcp://HOST:5601 ...     round trips to it: latency and MB/s (or to a real server)
+cotwin bridge openpi endpoint=tcp://HOST:5601 ...    openpi's WebSocket protocol in front of it, for openpi's clients
 """
 
 import signal
@@ -23,8 +24,8 @@ from bridge.policy_client import PolicyClient
 from bridge.policy_server import PolicyServer
 from bridge.telemetry import TelemetrySubscriber
 
-ACTIONS = ("top", "echo", "bench")
-ENDPOINTS = {"top": "tcp://127.0.0.1:5605", "echo": "tcp://127.0.0.1:5601", "bench": "tcp://127.0.0.1:5601"}
+POLICY_SERVER = "tcp://127.0.0.1:5601"
+ENDPOINTS = {"top": "tcp://127.0.0.1:5605", "echo": POLICY_SERVER, "bench": POLICY_SERVER, "openpi": POLICY_SERVER}
 
 
 @dataclass
@@ -35,21 +36,24 @@ class BridgeConfig:
     refresh_s: float = 1.0  # top
     refreshes: int = 0  # top: stop after so many; 0: until it is interrupted
     calls: int = 200  # bench
-    deadline_s: float = 5.0  # bench
+    deadline_s: float = 5.0  # bench, openpi
     picture_coding: str = "raw"  # bench: raw, jpeg or png
+    host: str = "127.0.0.1"  # openpi; another only with api_key
+    port: int = 8000  # openpi
+    api_key: str = ""  # openpi: what clients have to say; the protocol has no encryption
     embodiment: Embodiment = field(default_factory=Embodiment)
 
 
 @errors_in_one_line()
 def main(argv: list[str]) -> int:
-    action, settings = (argv[0], argv[1:]) if argv and argv[0] in ACTIONS else (None, argv)
+    action, settings = (argv[0], argv[1:]) if argv and argv[0] in ENDPOINTS else (None, argv)
     config = command_line("bridge", BridgeConfig, settings, __doc__)
     if action is None:
-        print(f"error: say what to do: cotwin bridge {'|'.join(ACTIONS)} (cotwin bridge --help)", file=sys.stderr)
+        print(f"error: say what to do: cotwin bridge {'|'.join(ENDPOINTS)} (cotwin bridge --help)", file=sys.stderr)
         return 1
     endpoint = config.endpoint or ENDPOINTS[action]
     keys = Keys.at(config.keys, config.peer)
-    {"top": top, "echo": echo, "bench": bench}[action](endpoint, keys, config)
+    {"top": top, "echo": echo, "bench": bench, "openpi": openpi}[action](endpoint, keys, config)
     return 0
 
 
@@ -96,12 +100,30 @@ def echo(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:
     def no_op(observations: list[Observation]) -> tuple[np.ndarray, int]:
         return np.zeros((len(observations), 50, 7), np.float32), 0
 
+    server = PolicyServer(endpoint, config.embodiment, no_op, max_batch=8, keys=keys)
+    print(f"no-op policy server at {server.endpoint}; measure it with: cotwin bridge bench endpoint=...", flush=True)
+    server.serve_forever(asked_to_stop())
+
+
+def openpi(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:
+    from bridge.openpi_port import OpenpiPort  # nothing else here needs WebSockets
+
+    more = {"keys": keys, "api_key": config.api_key or None, "deadline_s": config.deadline_s}
+    port = OpenpiPort(config.host, config.port, endpoint, config.embodiment, **more)
+    serving = threading.Thread(target=port.serve_forever, name="openpi")
+    serving.start()
+    print(f"openpi's protocol at ws://{config.host}:{port.port}, for the policy server at {endpoint}", flush=True)
+    asked_to_stop().wait()
+    port.close()
+    serving.join()
+
+
+def asked_to_stop() -> threading.Event:
+    """Set by SIGINT or SIGTERM."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    server = PolicyServer(endpoint, config.embodiment, no_op, max_batch=8, keys=keys)
-    print(f"no-op policy server at {server.endpoint}; measure it with: cotwin bridge bench endpoint=...", flush=True)
-    server.serve_forever(stop)
+    return stop
 
 
 def bench(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:

@@ -12,6 +12,7 @@ any row, so one recording serves three phases.
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def cached_frames(path: Path, size: tuple[int, int], cache: Path, padded: bool =
         resize = padded_pictures if padded else area_resize
         frames = [resize(frame[None], size) for frame in decode_frames(path)]
         durable.make_folder(stored.parent)
-        unfinished = stored.with_suffix(".partial.npy")
+        unfinished = stored.with_suffix(f".{os.getpid()}.partial.npy")  # runs that begin together do this at a time
         np.save(unfinished, np.concatenate(frames))
         unfinished.replace(stored)
     return np.load(stored, mmap_mode="r")

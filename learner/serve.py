@@ -25,6 +25,7 @@ from bridge.messages import Observation
 from bridge.pictures import PictureFormat
 from bridge.policy_server import PolicyServer
 from bridge.shadow import Shadow
+from bridge.telemetry import TelemetryPublisher
 from learner.load import load_policy
 from learner.policy import ObservationBatch, Policy
 
@@ -45,6 +46,7 @@ class ServeConfig:
     threads: int = 1  # of torch; the cell and the nodes share a laptop's cores
     device: str = "cpu"
     keys: str = ""  # key folder; needed unless every endpoint is loopback or ipc
+    telemetry_endpoint: str = ""  # where `cotwin bridge top` may listen, such as tcp://127.0.0.1:5606; empty: nowhere
     shadow_batches: int = 0  # a new version first infers beside the running one for so many batches; 0: takes over
     embodiment: Embodiment = field(default_factory=Embodiment)
 
@@ -167,6 +169,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def tell(publisher: TelemetryPublisher, server: PolicyServer, stop: threading.Event) -> None:
+    """Batches, queues and versions, once a second, for `cotwin bridge top`."""
+    while not stop.wait(1.0):
+        publisher.send("policy_server", server.stats())
+    publisher.close()
+
+
 def serve(config: ServeConfig) -> None:
     """Until SIGINT or SIGTERM. Raises ValueError or BridgeError for what a person has to put right."""
     root = Path(config.root)
@@ -193,6 +202,9 @@ def serve(config: ServeConfig) -> None:
     follower.shadow_batches = config.shadow_batches
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: follower.stop.set())
+    if config.telemetry_endpoint:
+        publisher = TelemetryPublisher(config.telemetry_endpoint, keys=keys)
+        threading.Thread(target=tell, args=(publisher, server, follower.stop), name="telemetry", daemon=True).start()
     follower.start()
     print(f"policy server ready at {server.endpoint}, version {policy.version}", flush=True)
     try:

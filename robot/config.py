@@ -92,6 +92,7 @@ class RuntimeConfig:
     policy_endpoint: str = setting("", "policy server, such as tcp://127.0.0.1:5601; empty: teleoperation only")
     keys: str = setting("", "folder of our keys (`cotwin keys`); empty: clear text, on loopback only")
     peer: str = setting("", "name of the key at the other end, where several could be")
+    telemetry_endpoint: str = setting("", "where `cotwin bridge top` may listen, such as tcp://127.0.0.1:5605")
     picture_coding: str = setting("raw", "how pictures travel: raw, or jpeg or png on slow links")
     resize_pictures: bool = setting(False, "prepare pictures at the policy's size before they are sent")
     instruction: str = setting("", "what to do; empty: the first instruction of the embodiment contract")

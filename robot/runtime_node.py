@@ -7,6 +7,7 @@ Pictures are kept as they came off the wire; only the few that a policy sees are
 import json
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
@@ -23,6 +24,7 @@ from bridge import pose
 from bridge.embodiment import Embodiment
 from bridge.keys import Keys
 from bridge.policy_client import PolicyClient
+from bridge.telemetry import TelemetryPublisher
 from robot import params
 from robot.clock import RobotClock
 from robot.config import RuntimeConfig
@@ -66,8 +68,10 @@ class RuntimeNode(Node):
         self.create_subscription(DiagnosticStatus, "safety_state", self._on_safety_state, newest)
         self.create_service(Trigger, "~/start", self._on_start)
         self.create_service(Trigger, "~/stop", self._on_stop)
-        tell = lambda: self._status.publish(self._figures())  # noqa: E731
-        self.create_timer(STATUS_PERIOD_S, tell, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._telemetry: TelemetryPublisher | None = None
+        if endpoint := self.config.telemetry_endpoint:
+            self._telemetry = TelemetryPublisher(endpoint, keys=Keys.at(self.config.keys))
+        self.create_timer(STATUS_PERIOD_S, self._tell, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.diagnostics = Diagnostics(self, lambda: [self._figures()])
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self.loop.run, args=(self._closing,), name="runtime", daemon=True)
@@ -76,6 +80,20 @@ class RuntimeNode(Node):
     def close(self) -> None:
         self._closing.set()
         self._thread.join(timeout=2.0)
+        if self._telemetry is not None:
+            self._telemetry.close()
+
+    def _tell(self) -> None:
+        self._status.publish(self._figures())
+        if self._telemetry is None:
+            return
+        fields = self._numbers()
+        for key in [key for key, value in fields.items() if isinstance(value, list)]:
+            if values := fields.pop(key):
+                fields |= {f"{key}_{name}": float(np.percentile(values, q)) for name, q in (("p50", 50), ("p99", 99))}
+        self._telemetry.send("runtime", fields)
+        if self.runtime.policy is not None:
+            self._telemetry.send("policy_client", self.runtime.policy.stats())
 
     def _publish_action(self, action: np.ndarray, stamp_ns: int, source: str) -> None:
         message = self._message
@@ -126,16 +144,21 @@ class RuntimeNode(Node):
                 self.runtime.instruction = parameter.value or next(iter(self.embodiment.instructions), "")
         return SetParametersResult(successful=True)
 
-    def _figures(self) -> DiagnosticStatus:
-        """`values`: state and reason of the last tick; figures since the last start, lists as JSON."""
+    def _numbers(self) -> dict[str, Any]:
+        """State and reason of the last tick; figures since the last start."""
         runtime, tick = self.runtime, self.runtime.last
         state = {"teleop": "TELEOP", "policy": "RUNNING", "hold": "HOLD" if runtime.started else "IDLE"}[tick.source]
-        figures = {"state": state, "reason": tick.reason, "intervention": tick.source == "teleop"}
-        figures["instruction"] = runtime.instruction
-        figures |= runtime.figures() | self.loop.figures()
-        values = [KeyValue(key=k, value=v if isinstance(v, str) else json.dumps(v)) for k, v in figures.items()]
+        numbers = {"state": state, "reason": tick.reason, "intervention": tick.source == "teleop"}
+        numbers["instruction"] = runtime.instruction
+        return numbers | runtime.figures() | self.loop.figures()
+
+    def _figures(self) -> DiagnosticStatus:
+        """`values`: `_numbers`, lists as JSON."""
+        numbers = self._numbers()
+        state, reason = numbers["state"], numbers["reason"]
+        values = [KeyValue(key=k, value=v if isinstance(v, str) else json.dumps(v)) for k, v in numbers.items()]
         level = DiagnosticStatus.WARN if state == "HOLD" else DiagnosticStatus.OK
-        text = f"{state}: {tick.reason}" if tick.reason else state
+        text = f"{state}: {reason}" if reason else state
         return DiagnosticStatus(level=level, name="runtime", message=text, values=values)
 
 

@@ -1,11 +1,18 @@
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+from websockets.sync.client import connect
 
 from bridge import bridge_command
 from bridge.bridge_command import Top
 from bridge.config import load
+from bridge.openpi_port import DEFAULT_CAMERA_KEYS, PROMPT_KEY, STATE_KEY, pack, unpack
 from bridge.telemetry import TelemetryPublisher
 from tests.bridge.test_infer import serving
 
@@ -59,3 +66,22 @@ def test_mistakes_are_one_line(capsys):
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+
+
+def test_openpi_clients_reach_a_policy_server_through_the_command():
+    embodiment = load("bridge", bridge_command.BridgeConfig).embodiment
+    with serving(embodiment=embodiment) as server:
+        command = [sys.executable, "-m", "cotwin", "bridge", "openpi", f"endpoint={server.endpoint}", "port=0"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            url = re.search(r"ws://[\d.:]+", process.stdout.readline()).group()
+            with connect(url, compression=None, max_size=None) as connection:
+                assert unpack(connection.recv())["contract_hash"] == embodiment.contract_hash
+                images = {key: np.zeros((48, 64, 3), np.uint8) for key in DEFAULT_CAMERA_KEYS.values()}
+                connection.send(pack(images | {STATE_KEY: np.full(7, 0.5, np.float32), PROMPT_KEY: "go"}))
+                assert unpack(connection.recv())["actions"].shape == (5, 7)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()

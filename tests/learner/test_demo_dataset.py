@@ -1,5 +1,7 @@
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +97,32 @@ def test_pictures_are_area_resized_once_and_then_mapped(folder, monkeypatch):
     monkeypatch.setattr("learner.demo_dataset.decode_frames", lambda path: pytest.fail(f"decoded {path} again"))
     again = dataset(folder, "twin", size=(24, 32))
     np.testing.assert_array_equal(again.batch(np.array([0])).observation.images["wrist"][0], picture)
+
+
+def test_runs_that_begin_together_may_prepare_the_same_pictures(folder, tmp_path):
+    script = """
+import sys, time
+import numpy
+from pathlib import Path
+save, cache = numpy.save, Path(sys.argv[2])
+def together(path, frames):
+    save(path, frames)
+    Path(str(path) + ".saved" + sys.argv[3]).touch()
+    while len(list(cache.glob("*.saved*"))) < 2:
+        time.sleep(0.01)
+numpy.save = together
+from learner.demo_dataset import cached_frames
+print(cached_frames(Path(sys.argv[1]), (8, 8), cache).shape)
+"""
+    video, cache = next(folder.rglob("*.mp4")), tmp_path / "cache"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script, video, cache, str(k)], stdout=subprocess.PIPE, text=True)
+        for k in range(2)
+    ]
+    said = [run.communicate(timeout=100)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert said[0] == said[1] != ""
+    assert len(list(cache.glob("*.npy"))) == 1
 
 
 def test_another_contract_is_refused(folder):

@@ -20,6 +20,7 @@ from bridge.keys import Keys
 from bridge.messages import Observation
 from bridge.pictures import PictureFormat
 from bridge.policy_client import PolicyClient
+from bridge.telemetry import TelemetrySubscriber
 from learner.load import bundle_files
 from learner.normalization import Quantiles
 from learner.serve import Loaded, ServeConfig, collate
@@ -95,13 +96,20 @@ def test_a_served_policy_answers_swaps_by_push_and_ends(tmp_path, embodiment, ke
     write(tmp_path / "deployed", embodiment, 1)
     write(tmp_path / "trained", embodiment, 2)
     settings = [f"root={tmp_path}/deployed", "endpoint=tcp://127.0.0.1:*", f"keys={key_folders['server']}"]
-    with running("serve", *settings, *ends, "shadow_batches=1") as server:
+    telemetry = f"tcp://127.0.0.1:{port + 2}"
+    with running("serve", *settings, *ends, "shadow_batches=1", f"telemetry_endpoint={telemetry}") as server:
         endpoint = line_with(server, "ready").split()[4].rstrip(",")
         keys = Keys.at(key_folders["robot"])
         client = PolicyClient(endpoint, embodiment, keys=keys, resize_pictures=True)
         client.wait_ready(PATIENCE_S)
         seen = observation(embodiment)
         assert client.infer(seen, PATIENCE_S).policy_version == 1
+        viewer = TelemetrySubscriber(telemetry, keys=keys)
+        (name, fields, _), *_ = viewer.poll(PATIENCE_S)
+        viewer.close()
+        assert name == "policy_server"
+        assert fields["policy_version"] == 1
+        assert fields["robots"] == 1
         push = ["push", f"root={tmp_path}/trained", f"keys={key_folders['learner']}", *ends]
         with running(*push, f"timeout_s={PATIENCE_S}") as pusher:
             until_s, versions = time.monotonic() + PATIENCE_S, [1]

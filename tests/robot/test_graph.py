@@ -23,6 +23,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
 from bridge.pose import ACTION_NAMES
+from bridge.telemetry import TelemetrySubscriber
 from robot.launch_file import ROOT
 from robot.up import Graph
 from tests.robot.cell import loopback
@@ -119,15 +120,16 @@ class Probe:
 @pytest.fixture(scope="module")
 def endpoints():
     port = random.randint(20_000, 50_000)
-    return [f"tcp://127.0.0.1:{port + n}" for n in range(3)]
+    return [f"tcp://127.0.0.1:{port + n}" for n in range(4)]
 
 
 @pytest.fixture(scope="module")
 def probe(endpoints):
     domain = random.randint(1, 100)
     os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(domain), "LOCALHOST"
-    control, frames, policy = endpoints
+    control, frames, policy, telemetry = endpoints
     args = {"host": loopback(), "cell_control": control, "cell_frames": frames, "policy_endpoint": policy}
+    args["telemetry"] = telemetry
     with Graph("launch/cell.launch.yaml", args, io.StringIO()) as graph:
         probe = Probe(domain, graph)
         probe.wait(lambda: probe.state() == "IDLE" and probe.state("runtime_status"), "the graph's start")
@@ -213,7 +215,7 @@ def test_teleop_takes_the_arm_from_a_policy_and_gives_it_back(probe, policy_serv
     assert probe.call("runtime_node/stop").success
 
 
-def test_a_killed_policy_server_means_hold_and_its_return_means_motion(probe, policy_server):
+def test_a_killed_policy_server_means_hold_and_its_return_means_motion(probe, policy_server, endpoints):
     server = policy_server()
     probe.call("home")
     assert probe.call("runtime_node/start").success
@@ -232,6 +234,14 @@ def test_a_killed_policy_server_means_hold_and_its_return_means_motion(probe, po
     probe.wait(lambda: probe.state("runtime_status") == "RUNNING", "going on")
     probe.wait(lambda: not np.allclose(probe.target_m(), held, atol=0.005), "motion")
     assert probe.status["runtime_status"]["policy_versions"] == "[3]"
+    viewer, heard = TelemetrySubscriber(endpoints[3]), {}
+    until_s = time.monotonic() + 10.0
+    while len(heard) < 2 and time.monotonic() < until_s:
+        heard |= {name: fields for name, fields, _ in viewer.poll(1.0)}
+    viewer.close()
+    assert heard["runtime"]["state"] == "RUNNING"
+    assert heard["runtime"]["tick_jitter_ms_p99"] >= 0.0
+    assert heard["policy_client"]["policy_version"] == 3
     assert probe.call("runtime_node/stop").success
     probe.wait(lambda: probe.state("runtime_status") == "IDLE", "the stop")
 
