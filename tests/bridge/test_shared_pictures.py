@@ -97,7 +97,9 @@ def test_only_the_memory_that_was_meant_is_opened(writer, tmp_path):
     other.close()
 
 
-@pytest.mark.parametrize(("options", "shared"), [({"shared_pictures": True}, True), ({"shared_pictures": False}, False)])
+@pytest.mark.parametrize(
+    ("options", "shared"), [({"shared_pictures": True}, True), ({"shared_pictures": False}, False)]
+)
 def test_a_policy_sees_the_same_pictures_either_way(options, shared):
     seen = []
 
