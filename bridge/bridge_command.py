@@ -108,8 +108,15 @@ def echo(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:
 def openpi(endpoint: str, keys: Keys | None, config: BridgeConfig) -> None:
     from bridge.openpi_port import OpenpiPort  # nothing else here needs WebSockets
 
-    more = {"keys": keys, "api_key": config.api_key or None, "deadline_s": config.deadline_s}
-    port = OpenpiPort(config.host, config.port, endpoint, config.embodiment, **more)
+    port = OpenpiPort(
+        config.host,
+        config.port,
+        endpoint,
+        config.embodiment,
+        keys=keys,
+        api_key=config.api_key or None,
+        deadline_s=config.deadline_s,
+    )
     serving = threading.Thread(target=port.serve_forever, name="openpi")
     serving.start()
     print(f"openpi's protocol at ws://{config.host}:{port.port}, for the policy server at {endpoint}", flush=True)

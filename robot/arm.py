@@ -212,7 +212,9 @@ class ArmDriver:
         return self.deadman, self.heartbeat
 
     def _limit_body(self, T_from: np.ndarray, T_to: np.ndarray) -> tuple[np.ndarray, list[Clip]]:
-        return self.body.limit(T_from, T_to, self.samples[-1].q_rad) if self.body is not None else (T_to, [])
+        if self.body is None or self.path is None:
+            return T_to, []
+        return self.body.limit(T_from, T_to, self.samples[-1].q_rad, self.path.period_ns * 1e-9)
 
     def _check_stamp(self, stamp_ns: int, now_ns: int) -> None:
         if stamp_ns <= self._last_action_ns:

@@ -103,7 +103,7 @@ def replay(recording: Recording) -> tuple[int, list[str]]:
     limits = SafetyLimits(**facts["limits"])
     body = Body(facts["urdf"], np.array(facts["T_flange_tcp"]), limits) if facts.get("urdf") else None
     for row in recording.actions:
-        check = (lambda a, b, q=row["q_rad"]: body.limit(a, b, q)) if body is not None else None
+        check = (lambda a, b, q=row["q_rad"]: body.limit(a, b, q, facts["period_s"])) if body is not None else None
         T = safety.safe_step(row["T_before"], row["action"], facts["period_s"], limits, check).T_target
         off = float(np.abs(T - row["T_after"]).max())
         if off > 1e-9:

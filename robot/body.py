@@ -18,6 +18,7 @@ MAX_ITERATIONS = 20
 DAMPING = 1e-6
 ARRIVED, FOLLOWED = 1e-4, 1e-6  # m and rad
 ELBOW_SHARE = 0.1
+SPEED_SHARE = 0.6  # of what joints are allowed, that a target may ask for: an arm that trails has to catch up
 # Link (8: the hand, on the flange), one end and the other in the link's frame (m), radius (m).
 CAPSULES = (
     (0, (-0.09, 0.0, 0.06), (0.0, 0.0, 0.06), 0.08),
@@ -84,10 +85,11 @@ class Body:
         links_m = min(result.min_distance for result in self._shape_data.distanceResults)
         return Margins(float(min(low.min(), high.min())), float(links_m))
 
-    def speed_limits(self, q_rad: np.ndarray) -> np.ndarray:
-        """What the arm allows at joints [7] (rad/s): less near an end stop, so that it can still brake before it."""
+    def speed_limits(self, q_rad: np.ndarray, way_rad: np.ndarray) -> np.ndarray:
+        """What the arm allows at joints [7] (rad/s) that go the way [7] (its signs count): less towards an end stop
+        that is near, so that it can still brake before it."""
         low, high = q_rad - self._model.lowerPositionLimit, self._model.upperPositionLimit - q_rad
-        brakeable = np.sqrt(2 * self._deceleration_rad_s2 * np.maximum(0.0, np.minimum(low, high)))
+        brakeable = np.sqrt(2 * self._deceleration_rad_s2 * np.maximum(0.0, np.where(way_rad < 0, low, high)))
         return np.clip(brakeable - self._speed_offset_rad_s, 0.0, self._model.velocityLimit)
 
     def follow(self, T_base_tcp: np.ndarray, q_rad: np.ndarray, q_rest_rad: np.ndarray) -> np.ndarray | None:
@@ -113,21 +115,52 @@ class Body:
             q += J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)
         return None
 
-    def limit(self, T_from: np.ndarray, T_to: np.ndarray, q_rad: np.ndarray) -> tuple[np.ndarray, list[Clip]]:
-        """As much of a step of the target as leaves the margins; `q_rad`: the arm's joints now.
+    def limit(
+        self, T_from: np.ndarray, T_to: np.ndarray, q_rad: np.ndarray, period_s: float
+    ) -> tuple[np.ndarray, list[Clip]]:
+        """As much of a step of the target as the joints can follow and as leaves the margins; `q_rad`: the arm's joints
+        now, `period_s`: what the step takes.
 
         Where a margin is lost already, only a step that does not make it smaller is let through.
         """
+        T_to, clips = self._slow(T_from, T_to, q_rad, period_s)
         at_start = self._margins_at(T_from, q_rad)
         clip = self._judge(T_to, q_rad, at_start)
         if clip is None:
-            return T_to, []
+            return T_to, clips
         for share in SHARES[:-1]:
-            T = pin.SE3.Interpolate(pin.SE3(T_from), pin.SE3(T_to), share).homogeneous
-            T[:3, 3] = (1 - share) * T_from[:3, 3] + share * T_to[:3, 3]
+            T = part(T_from, T_to, share)
             if self._judge(T, q_rad, at_start) is None:
-                return T, [clip]
-        return T_from, [clip]
+                return T, [*clips, clip]
+        return T_from, [*clips, clip]
+
+    def _slow(
+        self, T_from: np.ndarray, T_to: np.ndarray, q_rad: np.ndarray, period_s: float
+    ) -> tuple[np.ndarray, list[Clip]]:
+        """So much of the step that no joint has to be faster than the arm allows. An arm that is left behind would
+        still be on its way when it is told to hold."""
+        q_from = self.solve(T_from, q_rad)
+        q_to = None if q_from is None else self.solve(T_to, q_from)
+        if q_from is None or q_to is None:
+            return T_to, []
+        way_rad = q_to - q_from
+        speed_rad_s = np.abs(way_rad) / period_s
+
+        def too_fast(share: float) -> np.ndarray:
+            """By how much, at the end of so much of the step: there joints may be slower than at its beginning."""
+            allowed = SPEED_SHARE * self.speed_limits(q_from + share * way_rad, way_rad)
+            return share * speed_rad_s - np.maximum(allowed, ARRIVED / period_s)
+
+        excess = too_fast(1.0)
+        if (excess <= 0).all():
+            return T_to, []
+        low, high = 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            low, high = (low, middle) if (too_fast(middle) > 0).any() else (middle, high)
+        worst = int(np.argmax(excess))
+        clip = Clip("speed_joint_rad_s", float(speed_rad_s[worst]), float(speed_rad_s[worst] - excess[worst]))
+        return part(T_from, T_to, low), [clip]
 
     def _judge(self, T: np.ndarray, q_rad: np.ndarray, before: Margins | None) -> Clip | None:
         """What a pose breaks."""
@@ -156,3 +189,10 @@ class Body:
         name = f"link{link}_{self._shapes.ngeoms}"
         capsule = coal.Capsule(radius_m, length_m)
         self._shapes.addGeometryObject(pin.GeometryObject(name, frame.parentJoint, placement, capsule))
+
+
+def part(T_from: np.ndarray, T_to: np.ndarray, share: float) -> np.ndarray:
+    """The pose that is so much of the way on: straight, and turning evenly."""
+    T = pin.SE3.Interpolate(pin.SE3(T_from), pin.SE3(T_to), share).homogeneous
+    T[:3, 3] = (1 - share) * T_from[:3, 3] + share * T_to[:3, 3]
+    return T

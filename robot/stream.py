@@ -49,8 +49,11 @@ class PositionStream:
         q_rad = self._body.follow(T_base_target, self._q_rad, self._q_start_rad)
         if q_rad is None:  # between two targets that can be reached: stand until the stream can be followed again
             return
-        # The nearer an end stop the slower, as the arm demands.
-        share = float((self._body.speed_limits(q_rad) / self._speed_rad_s).min())
+        # The nearer an end stop the slower towards it, as the arm demands.
+        way_rad = q_rad - np.array(self._robot.state.q)
+        share = float(
+            (self._body.speed_limits(q_rad, way_rad) / self._speed_rad_s)[np.abs(way_rad) > SAME].min(initial=1)
+        )
         dynamics = franky.RelativeDynamicsFactor(min(1.0, max(share, MIN_SHARE)), 1.0, 1.0)
         # With the default `return_when_finished` a small step would end the session before the next one comes.
         motion = franky.JointMotion(q_rad.tolist(), relative_dynamics_factor=dynamics, return_when_finished=False)

@@ -44,10 +44,28 @@ def test_joints_of_a_pose_are_found_and_lead_there(body):
 
 def test_speed_near_an_end_stop_is_what_the_joint_can_still_brake_from(body):
     """Joint 2, 0.3361 rad before its stop at 1.8361, slows down by 2.585 rad/s2; 0.25 rad/s are kept in hand."""
-    allowed = body.speed_limits(np.array([0.0, 1.5, 0.0, -1.8, 0.0, 2.1, 0.0]))
+    near, there = np.array([0.0, 1.5, 0.0, -1.8, 0.0, 2.1, 0.0]), np.array([0.0, 1.8361, 0.0, -1.8, 0.0, 2.1, 0.0])
+    allowed = body.speed_limits(near, np.ones(7))
     assert allowed[0] == 2.62
     assert allowed[1] == pytest.approx((2 * 2.585 * 0.3361) ** 0.5 - 0.25)
-    assert body.speed_limits(np.array([0.0, 1.8361, 0.0, -1.8, 0.0, 2.1, 0.0]))[1] == 0.0
+    assert body.speed_limits(there, np.ones(7))[1] == 0.0
+    assert body.speed_limits(there, -np.ones(7))[1] == 2.62  # away from it
+
+
+def test_a_target_is_no_faster_than_the_joints_may_be(body):
+    """Back towards the base joint 4 folds; 0.2 rad before its stop it may go 0.911 rad/s."""
+    q = np.array([0.0, -0.6, 0.0, -2.877, 0.0, 2.3, 0.785])
+    T, period_s = body.tcp(q), 0.1
+    wild = T.copy()
+    wild[0, 3] -= 0.1
+    end, clips = body.limit(T, wild, q, period_s)
+    assert "speed_joint_rad_s" in {clip.limit for clip in clips}
+    assert 0.0 < T[0, 3] - end[0, 3] < 0.1
+    way = body.solve(end, q) - q
+    assert (np.abs(way) / period_s / body.speed_limits(q + way, way)).max() == pytest.approx(0.6, abs=0.06)
+    slow = T.copy()
+    slow[0, 3] -= 0.01
+    assert body.limit(T, slow, q, period_s)[1] == []
 
 
 def test_a_followed_path_ends_in_the_joints_where_it_began(body):
@@ -69,7 +87,7 @@ def walk(body, action, num_steps=60):
     """Steps of one action from home, joints following: where it ends, and all that was cut."""
     T, q, cut = body.tcp(HOME), HOME, []
     for _ in range(num_steps):
-        step = safe_step(T, action, 0.1, body.limits, lambda a, b, q=q: body.limit(a, b, q))
+        step = safe_step(T, action, 0.1, body.limits, lambda a, b, q=q: body.limit(a, b, q, 0.1))
         T, q = step.T_target, body.solve(step.T_target, q)
         cut += [clip.limit for clip in step.clips]
         margins = body.margins(q)
@@ -89,7 +107,7 @@ def walk(body, action, num_steps=60):
 def test_no_walk_loses_a_margin(body, action, limit):
     T, cut = walk(body, action)
     assert limit in cut
-    still = body.limit(T, T, body.solve(T, HOME) if limit != "margin_joint_rad" else HOME)
+    still = body.limit(T, T, body.solve(T, HOME) if limit != "margin_joint_rad" else HOME, 0.1)
     assert still[0] is T
 
 
