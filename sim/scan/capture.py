@@ -40,6 +40,7 @@ class CaptureConfig:
     num_views: int = 60  # of the wrist camera; views that the arm cannot take are left out
     hand_held: int = 120  # stand_in: photographs by the hand-held camera
     arm_poses: int = 4  # stand_in: that the arm stands in meanwhile
+    arrangements: int = 6  # stand_in: of cube and plate; what lies in one place all the time sticks to the table there
     pictures: str = ""  # colmap: a folder of photographs by one hand-held camera
     known: str = ""  # colmap: an earlier capture of the same cell by the wrist camera
     joints_rad: list[float] = field(default_factory=list)  # colmap: where the arm stood; empty: at home, hand open
@@ -143,15 +144,23 @@ def _stand_in(
     rng, open_m = np.random.default_rng(config.seed), config.embodiment.gripper_open_m
     names, photos = [*ROBOT, "cube", "plate"], []
     person = StandInPhotographer(config.cell, config.embodiment, config.seed)
-    shots = [
-        Shot(person.shoot(config.camera, q, open_m), T, person.bodies(q, open_m, names))
-        for T, q in tqdm(views, desc="wrist", unit="view")
-    ]
+
+    def arrange(index: int, of: int) -> None:
+        """Somebody puts the things elsewhere, now and then."""
+        number, before = (n * config.arrangements // of for n in (index, index - 1))
+        if number != before:
+            person.reset(config.seed + number)
+
+    shots = []
+    for index, (T, q) in enumerate(tqdm(views, desc="wrist", unit="view")):
+        arrange(index, len(views))
+        shots.append(Shot(person.shoot(config.camera, q, open_m), T, person.bodies(q, open_m, names)))
     targets = [(0.35, 0.05, 0.1), (0.2, 0.0, 0.35), (0.45, 0.1, 0.0)]
     held = around(targets, config.hand_held, **HAND_HELD_VIEWS)
     home = np.array(config.embodiment.home_joint_pos_rad)
     stands = [home + rng.uniform(-ARM_SPREAD_RAD, ARM_SPREAD_RAD, 7) * (index > 0) for index in range(config.arm_poses)]
     for index, T in enumerate(tqdm(held, desc="hand-held", unit="view")):
+        arrange(index, len(held))
         q = stands[index * len(stands) // len(held)]
         pixels, bodies = person.shoot(HAND_HELD, q, open_m, T), person.bodies(q, open_m, names)
         photos.append(photo_set.store(out / f"{HAND_HELD}_{index:04d}.png", pixels, HAND_CAMERA.intrinsics, T, bodies))

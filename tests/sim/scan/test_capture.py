@@ -11,7 +11,7 @@ from sim.scan.stand_in import HAND_HELD
 
 def test_photographs_of_the_stand_in_show_things_where_they_are(tmp_path):
     """The cube's centre falls on red pixels; the contract's wrist camera is some pixels off, the cube is 40 wide."""
-    settings = [f"out={tmp_path}", "source=stand_in", "num_views=6", "hand_held=8", "arm_poses=2"]
+    settings = [f"out={tmp_path}", "source=stand_in", "num_views=6", "hand_held=8", "arm_poses=2", "arrangements=2"]
     found = capture(load("twin-capture", CaptureConfig, settings))
     photos = photo_set.load(tmp_path)
     assert found["photographs"] == len(photos) == 8 + found["wrist_photographs"]
@@ -28,6 +28,9 @@ def test_photographs_of_the_stand_in_show_things_where_they_are(tmp_path):
     assert red["wrist"] >= 2
     poses = {photo.bodies["panda_hand"].tobytes() for photo in photos if HAND_HELD in photo.path.name}
     assert len(poses) == 2
+    for body in ("cube", "plate"):  # the wrist camera and the hand-held one see both arrangements
+        for camera in red:
+            assert len({photo.bodies[body].tobytes() for photo in photos if camera in photo.path.name}) == 2
 
 
 def test_a_board_calibrates_and_later_captures_take_it_over(tmp_path, capsys):
