@@ -71,6 +71,12 @@ class ArmThread(threading.Thread):
         for future in (self.requests.home, self.requests.acknowledge):
             if future is not None and not future.done():
                 future.set_exception(RuntimeError(f"{self.call} did not return"))
+        # It may spin for ever, it and the robot's control thread, and under SCHED_FIFO 99 take all cores: only what
+        # nobody else wants is left to them.
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with suppress(ProcessLookupError, PermissionError):
+                if thread == self.native_id or os.sched_getscheduler(thread) == os.SCHED_FIFO:
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
     def run(self) -> None:
         next_s, period_s = time.monotonic(), 1 / self.config.poll_rate_hz

@@ -259,7 +259,10 @@ def test_a_robot_that_never_answers_a_call_is_left_behind():
             assert "did not return" in arm.snapshot().reason
         finally:
             arm.close()
-        cell.freeze()  # ends the call that spins
+    # The call spins on, and must not keep others from working.
+    policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+    assert os.SCHED_IDLE in policies
+    assert os.SCHED_FIFO not in policies
 
 
 def test_nothing_listening_is_no_fault_but_disconnected():

@@ -173,7 +173,7 @@ def check_commands(arm, commands):
             continue
         assert np.abs(acceleration).max() <= ACCELERATION_RAD_S2
         assert np.abs(jerk).max() <= JERK_RAD_S3, (np.argwhere(np.abs(jerk) > JERK_RAD_S3), breaks)
-        allowed = np.array([arm.body.speed_limits(q) for q in q_rad[1::10]])
+        allowed = np.array([arm.body.speed_limits(q, v) for q, v in zip(q_rad[1::10], speed[::10], strict=True)])
         assert np.all(np.abs(speed[::10]) <= allowed)
     assert len(joints) > 100
 
