@@ -100,6 +100,12 @@ class Driving:
     def tcp_m(self):
         return self.arm.snapshot().sample.T_base_tcp[:3, 3]
 
+    def wait_s(self, seconds: float) -> None:
+        """By the arm's own time, which a busy machine slows down; by the wall's where the arm has stopped for good."""
+        until_ns, until_s = self.cell.now_ns() + round(seconds * 1e9), time.monotonic() + 5 * seconds
+        while self.cell.now_ns() < until_ns and time.monotonic() < until_s:
+            time.sleep(0.01)
+
     def ends(self, state: State, row: dict, fault: str, deadline_s: float, words: str = "", layer: str = "arm") -> None:
         """Wait for the state, see the arm stand still in it while actions go on, and note it."""
         began_s = time.monotonic()
@@ -110,9 +116,9 @@ class Driving:
 
         wait_for(has_ended, PATIENCE_S, f"{state} for {words!r} after {fault}, not {self.arm.snapshot().reason!r}")
         took_s, snapshot = time.monotonic() - began_s, self.arm.snapshot()
-        time.sleep(0.35)  # brakes
+        self.wait_s(0.4)  # brakes
         rest_m = self.tcp_m()
-        time.sleep(0.25)
+        self.wait_s(0.25)
         drift_m = float(np.linalg.norm(self.tcp_m() - rest_m))
         assert drift_m < STILL_M
         if state is State.FAULT:
