@@ -58,6 +58,7 @@ class RobotClock:
             left_s = left_ns * 1e-9 / max(0.05, self.pace)
             if self._simulated:
                 self._reached.wait(min(left_s, SLEEP_S))
+                self._reached.clear()  # else a message that came too early for this time would make the wait a spin
             else:
                 closing.wait(left_s)
         return not closing.is_set()
