@@ -48,6 +48,23 @@ def test_a_leap_of_simulated_time_ends_a_sleep(node, monkeypatch):
     assert not robot_clock.sleep_until(3000 * S, closing)
 
 
+def test_a_message_that_came_too_early_makes_no_sleep_a_spin(node, monkeypatch):
+    monkeypatch.setattr(clock, "SLEEP_S", 3600.0)
+    robot_clock, closing, looks = clock.RobotClock(node), threading.Event(), []
+    node.get_clock().set_ros_time_override(Time(nanoseconds=S))
+    now_ns = robot_clock.now_ns
+    monkeypatch.setattr(robot_clock, "now_ns", lambda: looks.append(1) or now_ns())
+    sleeper = threading.Thread(target=robot_clock.sleep_until, args=(1000 * S, closing), daemon=True)
+    sleeper.start()
+    sleeper.join(0.05)
+    robot_clock._reached.set()  # as when it had been on its way for the time before
+    sleeper.join(0.2)
+    assert len(looks) <= 3
+    node.get_clock().set_ros_time_override(Time(nanoseconds=2000 * S))
+    sleeper.join(10.0)
+    assert not sleeper.is_alive()
+
+
 def test_all_threads_go_first_where_that_is_permitted():
     result = subprocess.run([sys.executable, "-c", CLASSES], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.split() in (["True", "{True}"], ["False", "{False}"])
