@@ -62,6 +62,7 @@ class TargetPath:
         self._T_streamed, self._passed = T, []  # what the arm got last; the grid's poses after it
         self._is_braking = False
         self._velocity, self._acceleration = np.zeros((2, 3)), np.zeros((2, 3))  # of position and rotation, base frame
+        self._num_still = 2  # steps of the grid in a row without speed and acceleration
         # Whoever starts outside may come back.
         self._lower_m = np.minimum(self.limits.workspace_lower_m, T[:3, 3]) - 1e-9
         self._upper_m = np.maximum(self.limits.workspace_upper_m, T[:3, 3]) + 1e-9
@@ -120,11 +121,8 @@ class TargetPath:
         return replace(streamed, T_base_target=ways[n])
 
     def _is_at_rest(self, now_ns: int) -> bool:
-        return (
-            self._T_next is self.T_target
-            and now_ns >= self._end_ns
-            and not (self._velocity.any() or self._acceleration.any())
-        )
+        # A walk that begins now takes the place of the step under way: the one before must have been still, too.
+        return self._T_next is self.T_target and now_ns >= self._end_ns and self._num_still >= 2
 
     def _advance(self) -> list[Clip]:
         """Commit the next step of the grid: from `_T_next`, which is reached at its beginning."""
@@ -142,6 +140,7 @@ class TargetPath:
             T_goal = T_goal if is_exact else None
         self._acceleration = (velocity - self._velocity) / h
         self._velocity = velocity
+        self._num_still = 0 if velocity.any() or self._acceleration.any() else self._num_still + 1
         if T_goal is not None:
             self._T_next = T_goal
         elif self._is_braking and not velocity.any():

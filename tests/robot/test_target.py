@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bridge import pose
@@ -160,7 +160,12 @@ def limits_of(acceleration, jerk, turn_acceleration, turn_jerk):
     )
 
 
+# A walk that begins in the very step in which the last one came to rest.
+ONE_AFTER_ANOTHER = [([0, 0, 0, 0, 0, 0.0625, 0], 120), ([0, 0, 0, 0, 0, 1.0, 0], 1)]
+
+
 @settings(max_examples=60, deadline=None)
+@example(ONE_AFTER_ANOTHER, (1.0, 10.0, 32.0, 1582.0), None)
 @given(streams, bounds, st.one_of(st.none(), st.integers(0, 14)))
 def test_no_stream_of_targets_leaves_the_limits(stream, bound, halt_after):
     check_stream(stream, limits_of(*bound), halt_after)
