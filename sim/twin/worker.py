@@ -114,12 +114,9 @@ class Twin(Episodes):
         self.instruction = next(iter(embodiment.instructions), "")
         self._splats: SplatPictures | None = None  # made when somebody asks for a picture
         self.sapien_draws = render and config.render != "splat"
-        shown = (
-            {"obs_mode": "rgb", "render_backend": "cpu"}
-            if self.sapien_draws
-            else {"obs_mode": "state", "render_backend": "none"}
-        )
-        made = gym.make(config.task, num_envs=1, sim_backend="physx_cpu", twin=config, embodiment=embodiment, **shown)
+        backends = {"sim_backend": "physx_cpu", "render_backend": render_backend() if self.sapien_draws else "none"}
+        # Pictures and states are asked for directly; ManiSkill's own observations would start CUDA in each worker.
+        made = gym.make(config.task, num_envs=1, obs_mode="none", twin=config, embodiment=embodiment, **backends)
         self.env: Any = made.unwrapped
         self._bound: tuple[list[str], list[str]] = ([], [])
         if render and config.draws_splats:
@@ -159,6 +156,17 @@ class Twin(Episodes):
         self._bound = links, actors
         if self.sapien_draws:  # what the scene holds is not drawn twice
             self.env.hide(links, [*actors, "room", *["table"] * has_fixed])
+
+
+def render_backend() -> str:
+    """Where SAPIEN draws: on the first GPU that CUDA_VISIBLE_DEVICES leaves, if it can draw; otherwise "cpu", which is
+    whatever Vulkan offers, Mesa's renderer where there is nothing else."""
+    import sapien
+
+    try:
+        return "cuda:0" if sapien.Device("cuda:0").can_render() else "cpu"
+    except RuntimeError:  # SAPIEN finds no such device
+        return "cpu"
 
 
 @dataclass(frozen=True)

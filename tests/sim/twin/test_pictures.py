@@ -1,9 +1,11 @@
 """SAPIEN, splats, or both: the same observation keys, sizes and types, from the same states."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sapien
 import yaml
 
 from bridge.config import CONFIG_DIR
@@ -14,7 +16,7 @@ from sim.stand_in.lockstep import LockStepCell
 from sim.twin.command import check
 from sim.twin.config import Randomization, TwinConfig
 from sim.twin.vector_env import TwinVectorEnv
-from sim.twin.worker import Twin
+from sim.twin.worker import Twin, render_backend
 
 STILL = Randomization(light=0.0, colour=0.0, planks=0.0, camera_pos_m=0.0, camera_rot_rad=0.0)
 SMALL = TwinConfig(picture_width=64, picture_height=48, randomization=STILL, max_steps=4)
@@ -175,3 +177,20 @@ def test_the_twin_looks_like_the_cell_that_it_was_calibrated_on(twin, embodiment
     for name, picture in cell.pictures().items():
         apart = np.abs(twin.pictures()[name].astype(float) - picture)
         assert 1 < apart.mean() < 20, name  # cube and plate are elsewhere; a grey table in grey gives 55
+
+
+def test_sapien_draws_on_the_gpu_that_cuda_shows(monkeypatch):
+    """`sapien.Device` stands for machines that this is not: CUDA's device 0 is the first of CUDA_VISIBLE_DEVICES."""
+
+    def machine(devices):
+        def find(alias):
+            if alias not in devices:
+                raise RuntimeError(f'failed to find device "{alias}"')
+            return SimpleNamespace(can_render=lambda: devices[alias])
+
+        monkeypatch.setattr(sapien, "Device", find)
+        return render_backend()
+
+    assert machine({"cpu": False, "cuda:0": True, "cuda:1": True}) == "cuda:0"
+    assert machine({"cpu": False, "cuda:0": False}) == "cpu"  # CUDA without a Vulkan driver
+    assert machine({"cpu": False}) == "cpu"
