@@ -62,7 +62,7 @@ class ArmThread(threading.Thread):
         self._body: Body | None = None  # this thread's own: a body is no two threads' at a time
         self._stamps = StampMap()
         self._robot_ms = -1.0
-        self._streams_at_s = self._sent_robot_s = 0.0
+        self._streams_at_s = 0.0
 
     def leave_behind(self) -> None:
         """The thread is stuck inside a call: nobody will use it or wait for it again."""
@@ -182,11 +182,8 @@ class ArmThread(threading.Thread):
             self._stream = kind(self._robot, self.config, self._body)
             self._streams_at_s = now_s
         self._stream.check()
-        # Of the arm's own time, too, some must have gone: a plan begins with the acceleration that was reported last.
-        robot_s = self._robot_ms * 1e-3 - self._sent_robot_s
-        if now_s + 1e-3 < self._streams_at_s or 0 <= robot_s < 0.5 / self.config.stream_rate_hz:
+        if now_s + 1e-3 < self._streams_at_s or not self._stream.is_settled():
             return
-        self._sent_robot_s = self._robot_ms * 1e-3
         self._streams_at_s = max(self._streams_at_s + 1 / self.config.stream_rate_hz, now_s)
         with driver.lock:
             streamed = driver.path.stream(driver.now_ns())

@@ -26,7 +26,7 @@ SAME = 5e-5  # m, and rad
 JOINT_ACCELERATION_RAD_S2, JOINT_JERK_RAD_S3 = 9.9, 2400.0
 NO_FILTER_HZ = 1000.0  # its low-pass makes that velocity older still: 5265 rad/s3 where 4950 were without
 MIN_SHARE = 0.01
-SETTLED_S = 0.01
+SETTLED_S = 0.005  # of the arm's time: a plan on the heels of another begins with the acceleration of neither
 
 
 class PositionStream:
@@ -37,11 +37,22 @@ class PositionStream:
         self._q_rad = self._q_start_rad = np.array(robot.state.q)
         self._speed_rad_s = config.dynamics_factor * np.array(robot.joint_velocity_limit.get())
         self._last: np.ndarray | None = None
+        self._sent_s = 0.0  # of the arm's time
+        self._is_open = False
 
     def check(self) -> None:
         """Raises what ended the session, if something did."""
         if self._last is not None and has_ended(self._robot):
             raise RuntimeError("the arm ended the motion by itself")
+
+    def is_settled(self) -> bool:
+        """Whether the last plan has run for long enough to be followed by the next."""
+        if self._last is None:
+            return True
+        now_s = self._robot.state.time.to_sec()
+        if not self._is_open and now_s != self._sent_s:  # the first plan begins with the first state of the session,
+            self._sent_s, self._is_open = now_s, True  # which takes its time to open: no other state is given till then
+        return self._is_open and now_s - self._sent_s >= SETTLED_S
 
     def send(self, T_base_target: np.ndarray) -> None:
         if self._last is not None and np.abs(T_base_target - self._last).max() < SAME:
@@ -50,7 +61,8 @@ class PositionStream:
         if q_rad is None:  # between two targets that can be reached: stand until the stream can be followed again
             return
         # The nearer an end stop the slower towards it, as the arm demands.
-        way_rad = q_rad - np.array(self._robot.state.q)
+        state = self._robot.state
+        way_rad = q_rad - np.array(state.q)
         share = float(
             (self._body.speed_limits(q_rad, way_rad) / self._speed_rad_s)[np.abs(way_rad) > SAME].min(initial=1)
         )
@@ -58,14 +70,16 @@ class PositionStream:
         # With the default `return_when_finished` a small step would end the session before the next one comes.
         motion = franky.JointMotion(q_rad.tolist(), relative_dynamics_factor=dynamics, return_when_finished=False)
         self._robot.move(motion, asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
-        self._last, self._q_rad = np.array(T_base_target), q_rad
+        self._last, self._q_rad, self._sent_s = np.array(T_base_target), q_rad, state.time.to_sec()
 
     def stop(self, meanwhile: Callable[[], None]) -> None:
         """Brake and end the session, calling `meanwhile` often. Raises what the session ended with instead."""
-        if self._last is not None and not has_ended(self._robot):
-            time.sleep(SETTLED_S)  # a plan on the heels of another begins with the acceleration of neither
+        if self._last is None:
+            return
+        _wait(self._robot, lambda: has_ended(self._robot) or self.is_settled(), meanwhile)
+        if not has_ended(self._robot):
             self._robot.move(franky.JointStopMotion(), asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
-            _wait_for_end(self._robot, meanwhile)
+            _wait(self._robot, lambda: has_ended(self._robot), meanwhile)
 
 
 class ImpedanceStream:
@@ -83,13 +97,16 @@ class ImpedanceStream:
         if has_ended(self._robot):
             raise RuntimeError("the arm ended the motion by itself")
 
+    def is_settled(self) -> bool:
+        return True
+
     def send(self, T_base_target: np.ndarray) -> None:
         self._tracker.set_target(franky.Affine(T_base_target))
 
     def stop(self, meanwhile: Callable[[], None]) -> None:
         if not has_ended(self._robot):
             self._robot.move(franky.TorqueStopMotion(), asynchronous=True)
-            _wait_for_end(self._robot, meanwhile)
+            _wait(self._robot, lambda: has_ended(self._robot), meanwhile)
 
 
 def set_joint_limits(robot: franky.Robot) -> None:
@@ -107,12 +124,12 @@ def has_ended(robot: franky.Robot) -> bool:
     return robot.join_motion(timeout=0.0)
 
 
-def _wait_for_end(robot: franky.Robot, meanwhile: Callable[[], None]) -> None:
+def _wait(robot: franky.Robot, until: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
     """Joining waits for ever when the robot has gone; this does not. The arm's time to come to rest counts on its own
     clock, which may be slow (an emulated one) but must go on."""
     began_s = robot_s = robot.state.time.to_sec()
     heard_s = time.monotonic()
-    while not has_ended(robot):
+    while not until():
         if robot_s - began_s > STOP_TIMEOUT_S or time.monotonic() - heard_s > STOP_TIMEOUT_S:
             raise RuntimeError(f"the arm did not come to rest in {STOP_TIMEOUT_S} s")
         meanwhile()

@@ -32,6 +32,7 @@ from sim.stand_in.protocol import (
 from sim.stand_in.scene import T_FLANGE_TCP, T_HAND_EE
 from sim.stand_in.world import World
 
+FIRST_PATIENCE_S = 0.02  # a motion's first command is waited for so long after each state
 ANSWER_PATIENCE_S = 0.1  # then the state is sent again: the client ignores it, but sees that the link lives
 MIN_GAP_S = 0.0008  # between states that nobody has to answer
 LOST_AFTER_S = 1.0  # of wall time without a command: the client is frozen
@@ -87,6 +88,10 @@ class RobotServer:
             self.tracker.brake()
             return True
         command = self._receive(motion)
+        # The client looks for the new modes in one state and answers the next. Going on meanwhile, as fast as a busy
+        # machine lets the client answer, would lose the commands between its first and the first in step.
+        if command is None and not motion.has_command and self.state.message_id > motion.first_id:
+            command = self._receive(motion) if self.link.wait_for_udp(FIRST_PATIENCE_S) else None
         if command is None:
             return not motion.has_command  # before the first command the arm just waits
         motion.has_command = True
@@ -127,7 +132,7 @@ class RobotServer:
             return
         # Faster than the wall clock, a client that does not read now would later find its socket full of old states.
         now_s = time.monotonic()
-        in_step = self._responses or (self.motion is not None and self.motion.has_command)
+        in_step = self._responses or self.motion is not None
         if in_step or now_s - self._sent_s > MIN_GAP_S:
             self._sent_s = now_s
             self.link.send_state(self.state.bytes)
