@@ -41,6 +41,19 @@ class ArmKinematics:
         self._tcp = self._model.getFrameId(Panda.ee_link_name)
         self._lower, self._upper = self._model.lowerPositionLimit, self._model.upperPositionLimit
 
+    @property
+    def placements(self) -> np.ndarray:
+        """[8, 4, 4]: each of the seven joints' frames in the one before at angle 0, then the TCP's in the last. Every
+        joint turns about its own z axis."""
+        assert all(joint.shortname() == "JointModelRZ" for joint in list(self._model.joints)[1:])
+        tcp = self._model.frames[self._tcp].placement
+        return np.array([place.homogeneous for place in [*list(self._model.jointPlacements)[1:], tcp]])
+
+    @property
+    def limits(self) -> np.ndarray:
+        """rad [2, 7]: lower and upper."""
+        return np.array([self._lower, self._upper])
+
     def forward(self, q: np.ndarray) -> np.ndarray:
         """`T_base_tcp` [4, 4]."""
         pin.framesForwardKinematics(self._model, self._data, np.asarray(q, dtype=np.float64))
@@ -237,7 +250,7 @@ class TwinPanda(Panda):
 
 def use_collision_shapes_as_visuals(robot) -> None:
     """Draw the arm as its convex hulls: a hundredth of the triangles, which is what a CPU renderer pays for."""
-    for link in robot._objs[0].links:
+    for link in [link for articulation in robot._objs for link in articulation.links]:
         body = link.entity.find_component_by_type(sapien.render.RenderBodyComponent)
         if body is not None:
             link.entity.remove_component(body)

@@ -21,13 +21,17 @@ class BodyBuilder(ActorBuilder):
         super().__init__()
         self.set_scene(scene)
         self.initial_pose, self._made, self._material = initial_pose, made, material
-        for mesh, colour in made.parts if scene.can_render() else ():
+
+    def build_entity(self) -> sapien.Entity:
+        self._procedural_shapes = []  # of each environment's entity, its own
+        for mesh, colour in self._made.parts if self.scene.can_render() else ():
             corners = np.asarray(mesh.triangles, dtype=np.float32).reshape(-1, 3)
             normals = np.repeat(mesh.face_normals, 3, axis=0).astype(np.float32)
             faces = np.arange(len(corners), dtype=np.uint32).reshape(-1, 3)
             flat = np.zeros((len(corners), 2), np.float32)
             visual = sapien.render.RenderShapeTriangleMesh(corners, faces, normals, flat, paint(colour))
             self._procedural_shapes.append(visual)
+        return super().build_entity()
 
     def build_physx_component(self, link_parent=None):
         component = sapien.physx.PhysxRigidDynamicComponent()

@@ -11,8 +11,10 @@ TASKS = ("PutCubeOnPlate-v0", "PickPlaceTwin-v1")
 RENDER = ("sapien", "splat", "composite")
 SUCCESS = ("stable", "legacy")
 REWARDS = ("sparse", "dense")
+PHYSICS = ("physx_cpu", "physx_cuda")
 CHOICES = {
     "task": TASKS,
+    "physics": PHYSICS,
     "success": SUCCESS,
     "reward": REWARDS,
     "render": RENDER,
@@ -38,6 +40,7 @@ class Randomization:
 @dataclass
 class TwinConfig:
     task: str = "PutCubeOnPlate-v0"
+    physics: str = "physx_cpu"  # in worker processes; or physx_cuda: all of a vector environment in one simulation
     max_steps: int = 100  # policy steps of an episode
     sim_freq: int = 100  # physics steps a second; a multiple of the policy rate
     picture_width: int = 128
@@ -88,6 +91,14 @@ class TwinConfig:
                 raise ValueError(f"{key} {getattr(self, key)}: allowed are 1 and more")
         if self.render != "sapien" and not self.splat.scene:
             raise ValueError(f"render {self.render!r} needs a scene folder: splat.scene=FOLDER (cotwin splat-scene)")
+        if self.physics == "physx_cuda":  # one material for all, and colours that SAPIEN's batched cameras do not renew
+            looks = ["light", "colour", "planks", "camera_pos_m", "camera_rot_rad"]
+            fixed = ["friction", *(looks if self.render != "splat" else [])]
+            if varied := [key for key in fixed if getattr(self.randomization, key)]:
+                raise ValueError(
+                    f"physics physx_cuda with render {self.render!r} cannot vary {', '.join(varied)} by episode: "
+                    f"set these keys of randomization to 0, or physics to physx_cpu"
+                )
         self.splat = self.splat if not self.gs_kwargs else SplatConfig.from_gs_kwargs(self.splat.scene, self.gs_kwargs)
         self.gs_kwargs = {}
 

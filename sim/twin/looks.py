@@ -1,5 +1,6 @@
 """What the twin shows: cameras, light, colours, and the parts of a picture that SAPIEN draws or that splats need."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,9 @@ class ShownEnv(BaseEnv):
     def _load_lighting(self, options: dict):
         if not self.scene.can_render():
             return
-        scene = self.scene.sub_scenes[0]
-        scene.set_ambient_light([AMBIENT] * 3)
-        self._sun = scene.add_directional_light(self.twin.light_direction, [SUN] * 3, shadow=False)
+        for scene in self.scene.sub_scenes:
+            scene.set_ambient_light([AMBIENT] * 3)
+            self._sun = scene.add_directional_light(self.twin.light_direction, [SUN] * 3, shadow=False)
 
     def _room(self) -> Actor:
         """What is behind the table: two walls and the floor, for looks only."""
@@ -131,13 +132,13 @@ class ShownEnv(BaseEnv):
 
     def hide(self, links: list[str], actors: list[str]) -> None:
         """SAPIEN draws these no more."""
-        shown = [self.bodies[name] for name in actors if name in self.bodies]
-        for entity in [self._link(name).entity for name in links] + shown:
+        shown = [entity for name in actors if name in self.scene.actors for entity in self.scene.actors[name]._objs]
+        for entity in [link.entity for name in links for link in self.agent.robot.links_map[name]._objs] + shown:
             body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
             if body is not None:
                 entity.remove_component(body)
 
-    def _randomize_looks(self, rng: np.random.Generator) -> None:
+    def _draw_looks(self, rng: np.random.Generator) -> "Looks":
         """The last draws of an episode, so that worlds with and without pictures have the same states."""
         r, twin = self.twin.randomization, self.twin
         sun, ambient = (1.0 + rng.uniform(-r.light, r.light) for _ in range(2))
@@ -145,28 +146,57 @@ class ShownEnv(BaseEnv):
         nominal |= {"arm": twin.arm_colour, "joint": twin.joint_colour}
         colours = {n: np.clip(np.add(c, rng.uniform(-r.colour, r.colour, 3)), 0, 1) for n, c in nominal.items()}
         planks = np.clip(colours["table"] * rng.uniform(1 - r.planks, 1 + r.planks, (twin.table_planks, 1)), 0, 1)
-        self._light, self._camera_offsets, shown = (sun + ambient) / 2, {}, self.scene.can_render()
+        shifts = {}
         for name in sorted(self.embodiment.cameras):
             turn = pose.matrix_from_rpy(rng.uniform(-1, 1, 3) * r.camera_rot_rad)
-            shift = pose.pose(rng.uniform(-1, 1, 3) * r.camera_pos_m, turn)
-            to_opencv = pose.pose(np.zeros(3), OPENCV_FROM_SAPIEN)
-            self._camera_offsets[name] = to_opencv @ shift @ to_opencv.T
-            if shown:
-                camera = self._sensors[name].camera._render_cameras[0]
-                camera.local_pose = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
-        if not shown:
+            shifts[name] = pose.pose(rng.uniform(-1, 1, 3) * r.camera_pos_m, turn)
+        return Looks(sun, ambient, colours, planks, shifts)
+
+    def _randomize_looks(self, rng: np.random.Generator) -> None:
+        looks = self._draw_looks(rng)
+        self._light, self._camera_offsets = looks.light, looks.camera_offsets
+        if not self.scene.can_render():
             return
-        self._sun.color = [SUN * sun] * 3
-        self.scene.sub_scenes[0].set_ambient_light([AMBIENT * ambient] * 3)
-        for shape, colour in zip(shown_shapes(self.table._objs[0]), planks, strict=False):  # none where splats draw it
-            repaint(shape, colour)
-        for actor in ("goal", "room"):
-            for shape in shown_shapes(getattr(self, actor)._objs[0]):
-                repaint(shape, colours[actor])
-        for link in self._robot.links:
+        for name, shift in looks.shifts.items():
+            camera = self._sensors[name].camera._render_cameras[0]
+            camera.local_pose = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
+        self._sun.color = [SUN * looks.sun] * 3
+        self.scene.sub_scenes[0].set_ambient_light([AMBIENT * looks.ambient] * 3)
+        self._paint(looks, 0, [self.goal])
+
+    def _paint(self, looks: "Looks", index: int, goals: list[Actor]) -> None:
+        """Colours of the sub-scene's bodies."""
+        for shape, colour in zip(shown_shapes(self.table._objs[index]), looks.planks, strict=False):
+            repaint(shape, colour)  # there are none where splats draw it
+        for actor, name in [(goal, "goal") for goal in goals] + [(self.room, "room")]:
+            for shape in shown_shapes(actor._objs[index]):
+                repaint(shape, looks.colours[name])
+        for link in self.agent.robot._objs[index].links:
             for shape in shown_shapes(link.entity):
                 tip = "finger" in link.entity.name and shape.local_pose.p[2] > TIP_FROM_M
-                repaint(shape, colours["joint" if tip or link.entity.name.endswith(DARK_LINKS) else "arm"])
+                repaint(shape, looks.colours["joint" if tip or link.entity.name.endswith(DARK_LINKS) else "arm"])
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Of an episode: shares of the nominal light, colours by name and of each plank, and how far each camera is off
+    [4, 4], in SAPIEN's axes."""
+
+    sun: float
+    ambient: float
+    colours: dict[str, np.ndarray]
+    planks: np.ndarray
+    shifts: dict[str, np.ndarray]
+
+    @property
+    def light(self) -> float:
+        return (self.sun + self.ambient) / 2
+
+    @property
+    def camera_offsets(self) -> dict[str, np.ndarray]:
+        """In the contract's (OpenCV's) axes."""
+        to_opencv = pose.pose(np.zeros(3), OPENCV_FROM_SAPIEN)
+        return {name: to_opencv @ shift @ to_opencv.T for name, shift in self.shifts.items()}
 
 
 def sapien_camera_pose(T_mount_cam: np.ndarray) -> sapien.Pose:

@@ -16,6 +16,8 @@ half of both heights, and pressing on it with more than 0.03 N; whether the grip
 is not asked.
 """
 
+from typing import Any
+
 import numpy as np
 import sapien
 from mani_skill.utils.registration import register_env
@@ -23,16 +25,30 @@ from mani_skill.utils.structs import Actor
 
 from sim.twin.bodies import BodyBuilder
 from sim.twin.objects import BOWL_RADIUS_M, THICKNESS_M, TRAY_HALF_M, builtin, objects, receptacles
-from sim.twin.scene import TwinEnv
+from sim.twin.scene import TwinEnv, across_m
 
-LEGACY_MARGIN_M, LEGACY_ABOVE_M, LEGACY_FORCE_N = 0.01, 0.05, 0.03
+LEGACY_MARGIN_M, LEGACY_ABOVE_M = 0.01, 0.05
 CLEARANCE_M = 0.01  # between object and receptacle at the start
-SETTLE_S = 0.4
 
 
 @register_env("PickPlaceTwin-v1", max_episode_steps=80)
 class PickPlaceTwinEnv(TwinEnv):
     TASK = "PickPlaceTwin-v1"
+    LEGACY_FORCE_N = 0.03
+    SETTLE_S = 0.4
+    PER_EPISODE = (
+        "rest_height_m",
+        "inner_half_m",
+        "inner_radius_m",
+        "reach_m",
+        "legacy_radius_m",
+        "legacy_above_m",
+    )
+    inner_half_m: Any  # in x and y, of the receptacle; and round ones' radius: where the object's centre may lie
+    inner_radius_m: Any
+    reach_m: Any  # no higher above the receptacle's floor
+    legacy_radius_m: Any
+    legacy_above_m: Any
 
     def _load_task(self, surface: sapien.physx.PhysxMaterial) -> None:
         away = sapien.Pose([0.0, 0.0, 5.0])
@@ -52,6 +68,12 @@ class PickPlaceTwinEnv(TwinEnv):
         self.made, self.into = self._objects[chosen], self._receptacles[into]
         self.object, self.goal = self._object_actors[chosen], self._goal_actors[into]
         self.rest_height_m = self.made.size_m[2] / 2
+        everywhere, bowl = float("inf"), self.into.name == "bowl"
+        self.inner_half_m = np.full(2, everywhere) if bowl else np.array(TRAY_HALF_M)
+        self.inner_radius_m = BOWL_RADIUS_M if bowl else everywhere
+        self.reach_m = self.made.longest_half_m + CLEARANCE_M
+        self.legacy_radius_m = max(self.into.size_m[:2]) / 2 + LEGACY_MARGIN_M
+        self.legacy_above_m = (self.made.size_m[2] + self.into.size_m[2]) / 2 + LEGACY_ABOVE_M
         yaw_rad = rng.uniform(-np.pi, np.pi)
         apart = self.into.size_m[:2] / 2 + self.made.longest_half_m + CLEARANCE_M
         for _ in range(100):
@@ -62,6 +84,10 @@ class PickPlaceTwinEnv(TwinEnv):
         turned = [np.cos(yaw_rad / 2), 0.0, 0.0, np.sin(yaw_rad / 2)]
         return sapien.Pose([*object_xy, self.rest_height_m], turned), sapien.Pose([*goal_xy, 0.0])
 
+    @property
+    def candidates(self) -> tuple[list[Actor], list[Actor]]:
+        return self._object_actors, self._goal_actors
+
     def _absent(self) -> list[Actor]:
         others = [actor for actor in self._object_actors + self._goal_actors if actor not in (self.object, self.goal)]
         return others + super()._absent()
@@ -71,31 +97,14 @@ class PickPlaceTwinEnv(TwinEnv):
         """Also of bodies that this configuration leaves out: one splat scene serves every split and receptacle."""
         return super().actor_names | {made.name for split in builtin().values() for made in (*split, *receptacles())}
 
-    def _settle(self) -> None:
-        if self.bare:
-            return
-        for _ in range(round(SETTLE_S * self.twin.sim_freq)):
-            self.scene.px.step()
-        self._object_body.linear_velocity = self._object_body.angular_velocity = np.zeros(3, np.float32)
+    def lies_on_goal(self, object_pos_m: Any, goal_pos_m: Any) -> Any:
+        apart_m = object_pos_m - goal_pos_m
+        above_m = apart_m[..., 2] - self.goal_top_m
+        inside = (abs(apart_m[..., :2]) <= self.inner_half_m).all(-1)
+        inside = inside & (across_m(object_pos_m, goal_pos_m) <= self.inner_radius_m)
+        return inside & (above_m > 0.0) & (above_m <= self.reach_m)
 
-    def lies_on_goal(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        across_m, above_m = np.abs(object_pos_m[:2] - goal_pos_m[:2]), object_pos_m[2] - goal_pos_m[2]
-        if self.into.name == "bowl":
-            inside = np.hypot(*across_m) <= BOWL_RADIUS_M
-        else:
-            inside = (across_m <= TRAY_HALF_M).all()
-        return bool(inside and 0.0 < above_m - self.goal_top_m <= self.made.longest_half_m + CLEARANCE_M)
-
-    def legacy_success(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        above_m = object_pos_m[2] - goal_pos_m[2]
-        return bool(
-            np.hypot(*(object_pos_m[:2] - goal_pos_m[:2])) <= max(self.into.size_m[:2]) / 2 + LEGACY_MARGIN_M
-            and 0 < above_m <= (self.made.size_m[2] + self.into.size_m[2]) / 2 + LEGACY_ABOVE_M
-            and self._force_on_goal_n() > LEGACY_FORCE_N
-        )
-
-    def _force_on_goal_n(self) -> float:
-        """Between object and receptacle, mean over the last physics step."""
-        pair = {self._object_body, self._goal_body}
-        impulses = [p.impulse for c in self.scene.px.get_contacts() if set(c.bodies) == pair for p in c.points]
-        return float(np.linalg.norm(np.sum(impulses, axis=0)) * self.twin.sim_freq) if impulses else 0.0
+    def legacy_place(self, object_pos_m: Any, goal_pos_m: Any) -> Any:
+        above_m = object_pos_m[..., 2] - goal_pos_m[..., 2]
+        near = across_m(object_pos_m, goal_pos_m) <= self.legacy_radius_m
+        return near & (above_m > 0) & (above_m <= self.legacy_above_m)

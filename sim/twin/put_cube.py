@@ -11,12 +11,14 @@ slower than 2 cm/s, and no finger touches it. `legacy` is the peer's predicate: 
 cube's centre 0 to 7 cm above the plate's, released or not.
 """
 
+from typing import Any
+
 import numpy as np
 import sapien
 from mani_skill.utils.registration import register_env
 
 from sim.twin.bodies import paint
-from sim.twin.scene import TwinEnv
+from sim.twin.scene import TwinEnv, across_m
 
 LEGACY_RADIUS_M = LEGACY_HEIGHT_M = 0.07
 
@@ -52,13 +54,12 @@ class PutCubeOnPlateEnv(TwinEnv):
             cube_xy = rng.uniform(-1, 1, 2) * twin.cube_range_m + twin.cube_center_m
         return sapien.Pose([*cube_xy, twin.cube_half_size_m]), sapien.Pose([*plate_xy, twin.plate_height_m / 2])
 
-    def lies_on_goal(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        resting_z = goal_pos_m[2] + self.goal_top_m + self.twin.cube_half_size_m
-        return bool(
-            np.hypot(*(object_pos_m[:2] - goal_pos_m[:2])) <= self.twin.success_radius_m
-            and abs(object_pos_m[2] - resting_z) < 0.01
-        )
+    def lies_on_goal(self, object_pos_m: Any, goal_pos_m: Any) -> Any:
+        resting_z = goal_pos_m[..., 2] + self.goal_top_m + self.twin.cube_half_size_m
+        near = across_m(object_pos_m, goal_pos_m) <= self.twin.success_radius_m
+        return near & (abs(object_pos_m[..., 2] - resting_z) < 0.01)
 
-    def legacy_success(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        across_m, above_m = np.hypot(*(object_pos_m[:2] - goal_pos_m[:2])), object_pos_m[2] - goal_pos_m[2]
-        return bool(across_m < LEGACY_RADIUS_M and 0 <= above_m <= LEGACY_HEIGHT_M)
+    def legacy_place(self, object_pos_m: Any, goal_pos_m: Any) -> Any:
+        above_m = object_pos_m[..., 2] - goal_pos_m[..., 2]
+        near = across_m(object_pos_m, goal_pos_m) < LEGACY_RADIUS_M
+        return near & (above_m >= 0) & (above_m <= LEGACY_HEIGHT_M)

@@ -41,14 +41,23 @@ class Facts:
     stages: dict[str, bool]  # reached, grasped, lifted, over_goal
 
 
+def across_m(a_m: Any, b_m: Any) -> Any:
+    """Horizontal distance, of numpy arrays or tensors [..., 3] -> [...]."""
+    return ((a_m - b_m)[..., :2] ** 2).sum(-1) ** 0.5
+
+
 class TwinEnv(ShownEnv):
     SUPPORTED_ROBOTS = None  # always a `TwinPanda` with the configured gains
     SUPPORTED_REWARD_MODES = REWARDS
+    ROBOT = TwinPanda
     TASK = ""
+    LEGACY_FORCE_N = -1.0  # more than this presses object and goal together; below 0: is not asked
+    SETTLE_S = 0.0  # let the bodies come to rest for so long, where the task does not put them down exactly
+    PER_EPISODE: tuple[str, ...] = ()  # attributes that `_place` sets, which predicates and stages read
     object: Actor  # of this episode, like what follows
     goal: Actor
     bare = False  # without object and goal: for motions of the arm alone
-    rest_height_m: float  # of the object's centre on the table
+    rest_height_m: Any  # of the object's centre on the table
     goal_top_m: float  # from the goal's origin to the surface that things are put on
 
     def __init__(self, *args, twin: TwinConfig | None = None, embodiment: Embodiment | None = None, **kwargs):
@@ -58,7 +67,7 @@ class TwinEnv(ShownEnv):
             raise ValueError(
                 f"sim_freq {self.twin.sim_freq} is no multiple of the policy rate {self.embodiment.policy_rate_hz} Hz"
             )
-        robot = TwinPanda.tuned(
+        robot = self.ROBOT.tuned(
             arm_stiffness=self.twin.arm_stiffness,
             arm_damping=self.twin.arm_damping,
             gripper_force_limit=self.twin.gripper_force,
@@ -140,23 +149,32 @@ class TwinEnv(ShownEnv):
         """Bodies that take no part in this episode."""
         return [self.object, self.goal] if self.bare else []
 
-    def _settle(self) -> None:
-        """Let the bodies come to rest, where the task does not put them down exactly."""
+    @property
+    def candidates(self) -> tuple[list[Actor], list[Actor]]:
+        """What an episode's object and its goal are chosen from."""
+        return [self.object], [self.goal]
 
     @abstractmethod
+    def legacy_place(self, object_pos_m: Any, goal_pos_m: Any) -> Any:
+        """Where the peer's predicate holds, from the two bodies' origins: numpy or tensors [..., 3] -> bool [...]."""
+        ...
+
+    @abstractmethod
+    def lies_on_goal(self, object_pos_m: Any, goal_pos_m: Any) -> Any:
+        """Whether the object's centre is where it lies when it was put down well: [..., 3] -> bool [...]."""
+        ...
+
     def legacy_success(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        """The peer's predicate, from the two bodies' origins."""
-        ...
-
-    @abstractmethod
-    def lies_on_goal(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
-        """Whether the object's centre is where it lies when it was put down well."""
-        ...
+        """The peer's predicate."""
+        return bool(
+            self.legacy_place(object_pos_m, goal_pos_m)
+            and (self.LEGACY_FORCE_N < 0 or self._force_on_goal_n() > self.LEGACY_FORCE_N)
+        )
 
     def stable_success(self, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> bool:
         """Well put down, at rest, and released."""
         return (
-            self.lies_on_goal(object_pos_m, goal_pos_m)
+            bool(self.lies_on_goal(object_pos_m, goal_pos_m))
             and bool(np.linalg.norm(self._object_body.linear_velocity) < STILL_M_PER_S)
             and self._fingers_touching() == 0
         )
@@ -252,6 +270,19 @@ class TwinEnv(ShownEnv):
             if len(others) == 1 and others <= self._fingers and any(point.impulse.any() for point in contact.points):
                 touching |= others
         return len(touching)
+
+    def _force_on_goal_n(self) -> float:
+        """Between object and goal, mean over the last physics step."""
+        pair = {self._object_body, self._goal_body}
+        impulses = [p.impulse for c in self.scene.px.get_contacts() if set(c.bodies) == pair for p in c.points]
+        return float(np.linalg.norm(np.sum(impulses, axis=0)) * self.twin.sim_freq) if impulses else 0.0
+
+    def _settle(self) -> None:
+        if self.bare or not self.SETTLE_S:
+            return
+        for _ in range(round(self.SETTLE_S * self.twin.sim_freq)):
+            self.scene.px.step()
+        self._object_body.linear_velocity = self._object_body.angular_velocity = np.zeros(3, np.float32)
 
     def _note_stages(self, T_base_tcp: np.ndarray, object_pos_m: np.ndarray, goal_pos_m: np.ndarray) -> None:
         s, distance = self._stages, math.dist(T_base_tcp[:3, 3], object_pos_m)

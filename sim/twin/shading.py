@@ -23,6 +23,6 @@ def light_shader() -> ShaderConfig:
     sapien.render.set_picture_format("Distance", "r32sfloat")
     return ShaderConfig(
         shader_pack=FOLDER,
-        texture_names={"Color": ["rgb"]},
-        texture_transforms={"Color": lambda data: {"rgb": data[..., :3]}},
+        texture_names={"Color": ["rgb"], "Distance": ["depth"]},
+        texture_transforms={"Color": lambda data: {"rgb": data[..., :3]}, "Distance": lambda data: {"depth": data}},
     )

@@ -20,6 +20,10 @@ from sim.twin.config import TwinConfig
 from sim.twin.splat_pictures import SplatPictures, View
 
 
+def stream_seed(stream: Sequence[int], episode: int) -> int:
+    return int(np.random.default_rng([*stream, episode]).integers(2**31))
+
+
 class Episodes(ABC):
     """One environment, an episode at a time, in this process.
 
@@ -65,7 +69,7 @@ class Episodes(ABC):
         """Begin the episode of `seed`; or of this environment's stream number `episode`, or the next."""
         if seed is None:
             self.episode = self.episode + 1 if episode is None else episode
-            seed = int(np.random.default_rng([*self._stream, self.episode]).integers(2**31))
+            seed = stream_seed(self._stream, self.episode)
         self.seed = int(seed)
         self.begin(self.seed)
         self.steps, self.ended = 0, False
@@ -120,7 +124,7 @@ class Twin(Episodes):
         self.env: Any = made.unwrapped
         self._bound: tuple[list[str], list[str]] = ([], [])
         if render and config.draws_splats:
-            self._bind(Path(config.splat.scene))
+            self._bound = bind(self.env, config)
 
     def begin(self, seed: int) -> None:
         self.env.begin(seed)
@@ -148,14 +152,18 @@ class Twin(Episodes):
     def state(self) -> np.ndarray:
         return self.env.state(self.facts)
 
-    def _bind(self, scene: Path) -> None:
-        links, actors, has_fixed = carriers(scene)
-        for known, wanted in ((self.env.agent.robot.links_map, links), (self.env.actor_names, actors)):
-            if unknown := sorted(set(wanted) - set(known)):
-                raise ValueError(f"{scene}: {self.config.task} has no {unknown}; it has {', '.join(sorted(known))}")
-        self._bound = links, actors
-        if self.sapien_draws:  # what the scene holds is not drawn twice
-            self.env.hide(links, [*actors, "room", *["table"] * has_fixed])
+
+def bind(env: Any, config: TwinConfig) -> tuple[list[str], list[str]]:
+    """The links and actors that the splat scene binds; where SAPIEN draws too, it draws them no more. Raises ValueError
+    for those that the task lacks."""
+    scene = Path(config.splat.scene)
+    links, actors, has_fixed = carriers(scene)
+    for known, wanted in ((env.agent.robot.links_map, links), (env.actor_names, actors)):
+        if unknown := sorted(set(wanted) - set(known)):
+            raise ValueError(f"{scene}: {config.task} has no {unknown}; it has {', '.join(sorted(known))}")
+    if config.render != "splat":
+        env.hide(links, [*actors, "room", *["table"] * has_fixed])
+    return links, actors
 
 
 def render_backend() -> str:
