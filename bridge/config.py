@@ -14,7 +14,7 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import BridgeError
@@ -29,7 +29,8 @@ def load[Config](
     """`values`: dotted keys that lie over the YAML and below the overrides.
 
     Raises ValueError for an unknown key, a wrong type or a bad value, naming key, value and what was allowed."""
-    keys = leaf_keys(OmegaConf.structured(schema))
+    defaults = OmegaConf.structured(schema)
+    keys = leaf_keys(defaults)
     groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
     choices, settings = [], []
     for text in overrides or []:
@@ -43,10 +44,7 @@ def load[Config](
         else:
             raise ValueError(f"{name}: unknown key {key!r}.{did_you_mean(key, keys + groups)}")
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = compose(name, overrides=choices)
-        OmegaConf.set_struct(composed, False)
-        config = OmegaConf.merge(OmegaConf.structured(schema), composed)
+        config = OmegaConf.merge(defaults, compose_files(CONFIG_DIR, name, *choices))
         for key, value in (values or {}).items():
             OmegaConf.update(config, key, value, force_add=_inside_mapping(key, keys))
         for setting in OverridesParser.create().parse_overrides(settings):
@@ -57,6 +55,15 @@ def load[Config](
         hint = did_you_mean(str(key), keys) if key and key not in keys else ""
         where = f" (key {key!r})" if key else ""
         raise ValueError(f"{name}: {str(error).splitlines()[0]}{where}{hint}") from error
+
+
+@functools.cache
+def compose_files(folder: Path, name: str, *choices: str) -> DictConfig:
+    """What the files in `folder` say, read once in a process; for reading only. Raises Hydra's errors."""
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        composed = compose(name, overrides=list(choices))
+    OmegaConf.set_struct(composed, False)
+    return composed
 
 
 def command_line[Config](name: str, schema: type[Config], argv: list[str], about: str) -> Config:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from bridge.config import CONFIG_DIR, did_you_mean, leaf_keys, load
+from bridge.config import CONFIG_DIR, compose_files, did_you_mean, leaf_keys, load
 from sim.libero.config import SUITES
 
 RECIPES = CONFIG_DIR / "recipe"
@@ -309,8 +308,7 @@ def _read(name: str) -> dict[str, Any]:
     if name not in recipe_names():
         near = did_you_mean(name, recipe_names())
         raise ValueError(f"no recipe {name!r}.{near} There are: {', '.join(recipe_names())}")
-    with initialize_config_dir(str(RECIPES), version_base="1.3"):
-        composed = OmegaConf.to_container(compose(name), resolve=True)
+    composed = OmegaConf.to_container(compose_files(RECIPES, name), resolve=True)
     assert isinstance(composed, dict)
     return {str(key): value for key, value in composed.items()}
 
