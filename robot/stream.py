@@ -21,9 +21,9 @@ STOP_TIMEOUT_S = 1.5
 # Each sent pose preempts the last, and the planner fails (-111) on preempting itself by a few micrometres at rest.
 SAME = 5e-5  # m, and rad
 # franky's own joint limits are the older arm's, up to twice the FR3's 10 rad/s2 and 5000 rad/s3. Its plans start from
-# the velocity of one cycle ago, so each preemption adds a quarter of the acceleration over a millisecond to the jerk:
-# 2400 + 9.9 / 4 / 0.001 = 4875.
-JOINT_ACCELERATION_RAD_S2, JOINT_JERK_RAD_S3 = 9.9, 2400.0
+# the mean velocity of the last millisecond as if it were the newest, so each preemption takes half of the acceleration
+# away for a millisecond: a jerk of 9.1 / 2 / 0.001, and a sixth of the plan's own, are 4950 at a dynamics factor of 1.
+JOINT_ACCELERATION_RAD_S2, JOINT_JERK_RAD_S3 = 9.1, 2400.0
 NO_FILTER_HZ = 1000.0  # its low-pass makes that velocity older still: 5265 rad/s3 where 4950 were without
 MIN_SHARE = 0.01
 SETTLED_S = 0.005  # of the arm's time: a plan on the heels of another begins with the acceleration of neither
