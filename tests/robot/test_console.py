@@ -46,7 +46,16 @@ def sessions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def probe(sessions):
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def probe(sessions, browser):
+    """After the browser, which starts sooner while no arm runs beside it."""
     domain, port = random.randint(1, 100), random.randint(20_000, 50_000)
     os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(domain), "LOCALHOST"
     args = {"host": loopback(), "cell_control": f"tcp://127.0.0.1:{port}", "cell_frames": f"tcp://127.0.0.1:{port + 1}"}
@@ -63,14 +72,6 @@ def probe(sessions):
     finally:
         policy.kill()
         policy.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
