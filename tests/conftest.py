@@ -2,11 +2,53 @@ import os
 import sys
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # read once, by whoever imports MuJoCo first
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # at test sizes threads wait for each other longer than they compute
 
 EXIT_STATUS = pytest.StashKey[int]()
+
+# Files that one process runs one after the other: emulated arms live at 1 kHz and share the machine with no second one,
+# and the twin's tests share one rendering twin. Every other file is for whoever is free.
+TOGETHER = {
+    "arms": (
+        "tests/robot/",
+        "tests/sim/stand_in/",
+        "tests/sim/scan/test_board.py",
+        "tests/sim/scan/test_capture.py",
+        "tests/sim/scan/test_drive.py",
+        "tests/learner/test_cell_eval.py",
+        "tests/learner/test_serve.py",
+    ),
+    "twin": ("tests/sim/twin/",),
+}
+LONGEST_FIRST = ("arms", "twin", "tests/learner/", "tests/bridge/")  # so that both processes end together
+
+
+def group_of(nodeid):
+    return next((name for name, paths in TOGETHER.items() if nodeid.startswith(paths)), nodeid.split("::")[0])
+
+
+class Groups(LoadFileScheduling):
+    def _split_scope(self, nodeid):
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole suite; chosen tests start sooner in this one."""
+    chosen = config.option.keyword or any(text.startswith("-m") for text in config.invocation_params.args)
+    return 2 if config.args == config.getini("testpaths") and not chosen else 0
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        starts = lambda item: [not group_of(item.nodeid).startswith(name) for name in LONGEST_FIRST]  # noqa: E731
+        items.sort(key=starts)
 
 
 def pytest_sessionfinish(session, exitstatus):
