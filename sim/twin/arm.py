@@ -41,18 +41,12 @@ class ArmKinematics:
         self._tcp = self._model.getFrameId(Panda.ee_link_name)
         self._lower, self._upper = self._model.lowerPositionLimit, self._model.upperPositionLimit
 
-    @property
-    def placements(self) -> np.ndarray:
-        """[8, 4, 4]: each of the seven joints' frames in the one before at angle 0, then the TCP's in the last. Every
-        joint turns about its own z axis."""
+    def chain(self) -> tuple[np.ndarray, np.ndarray]:
+        """[8, 4, 4]: each joint's frame in the one before at angle 0, then the TCP's in the last; joints turn about
+        their own z axes. And rad [2, 7]: lower and upper limits."""
         assert all(joint.shortname() == "JointModelRZ" for joint in list(self._model.joints)[1:])
-        tcp = self._model.frames[self._tcp].placement
-        return np.array([place.homogeneous for place in [*list(self._model.jointPlacements)[1:], tcp]])
-
-    @property
-    def limits(self) -> np.ndarray:
-        """rad [2, 7]: lower and upper."""
-        return np.array([self._lower, self._upper])
+        places = [*list(self._model.jointPlacements)[1:], self._model.frames[self._tcp].placement]
+        return np.array([place.homogeneous for place in places]), np.array([self._lower, self._upper])
 
     def forward(self, q: np.ndarray) -> np.ndarray:
         """`T_base_tcp` [4, 4]."""

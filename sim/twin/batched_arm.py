@@ -1,6 +1,11 @@
 """What `sim.twin.arm` does for one arm, for many at once: tensors [n, ...] in float64 on one device."""
 
 import torch
+from mani_skill.utils.geometry.rotation_conversions import (
+    axis_angle_to_matrix,
+    euler_angles_to_matrix,
+    matrix_to_axis_angle,
+)
 from torch import Tensor
 
 from bridge.embodiment import Embodiment
@@ -8,27 +13,9 @@ from sim.twin.arm import DAMPING, IK_MAX_STEP_RAD, IK_STEPS, IK_TOLERANCE, MAX_J
 from sim.twin.config import TwinConfig
 
 
-def turn(axis: int, angle_rad: Tensor) -> Tensor:
-    """Rotations about x (0), y (1) or z (2): [...] -> [..., 3, 3]."""
-    a, b = (axis + 1) % 3, (axis + 2) % 3
-    R = torch.eye(3, dtype=angle_rad.dtype, device=angle_rad.device).repeat(*angle_rad.shape, 1, 1)
-    R[..., a, a] = R[..., b, b] = torch.cos(angle_rad)
-    R[..., b, a] = torch.sin(angle_rad)
-    R[..., a, b] = -R[..., b, a]
-    return R
-
-
-def rotation_vector(R: Tensor) -> Tensor:
-    """Axis times angle, for angles below pi: [..., 3, 3] -> [..., 3]."""
-    skew = torch.stack([R[..., 2, 1] - R[..., 1, 2], R[..., 0, 2] - R[..., 2, 0], R[..., 1, 0] - R[..., 0, 1]], -1) / 2
-    sine = skew.norm(dim=-1, keepdim=True)
-    angle = torch.atan2(sine, ((R.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2)[..., None])
-    return skew * torch.where(sine < 1e-9, 1.0, angle / sine.clamp(min=1e-9))
-
-
 def twist(R: Tensor, p: Tensor) -> Tensor:
     """The constant velocity (linear, angular) that takes the identity to this pose in a unit of time: [..., 6]."""
-    w = rotation_vector(R)
+    w = matrix_to_axis_angle(R)
     angle = w.norm(dim=-1, keepdim=True)
     half = angle.clamp(min=1e-4) / 2
     share = torch.where(angle < 1e-4, 1 / 12, (1 - half / torch.tan(half)) / (4 * half**2))
@@ -40,16 +27,15 @@ class BatchedKinematics:
     """Forward and inverse kinematics of the TCP in each robot's base frame. `q` [n, 7] rad."""
 
     def __init__(self, device: torch.device | str):
-        arm = ArmKinematics()
-        self._placements = torch.as_tensor(arm.placements, device=device)
-        self._lower, self._upper = torch.as_tensor(arm.limits, device=device)
-        self._damping = torch.as_tensor(DAMPING, device=device)
+        self._placements, (self._lower, self._upper) = (torch.tensor(a, device=device) for a in ArmKinematics().chain())
+        self._damping = torch.tensor(DAMPING, device=device)
 
     def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """`T_base_tcp` [n, 4, 4] and the Jacobian [n, 6, 7] of its velocity (linear, angular) in its own axes."""
         R, p, axes, origins = self._placements[0, :3, :3], self._placements[0, :3, 3].expand(len(q), 3), [], []
+        turns = axis_angle_to_matrix(torch.nn.functional.pad(q[..., None], (2, 0)))  # about z
         for joint, placement in enumerate(self._placements[1:]):
-            R = R @ turn(2, q[:, joint])
+            R = R @ turns[:, joint]
             axes.append(R[..., 2])
             origins.append(p)
             p = p + R @ placement[:3, 3]
@@ -91,7 +77,7 @@ class BatchedArm:
         self.kinematics = BatchedKinematics(device)
         self._limit = tensor([embodiment.max_translation_m] * 3 + [embodiment.max_rotation_rad] * 3)
         self._lower_m, self._upper_m = tensor(twin.workspace_lower_m), tensor(twin.workspace_upper_m)
-        self._closed_m, self._open_m = embodiment.gripper_closed_m, embodiment.gripper_open_m
+        self._closed_m, self.open_m = embodiment.gripper_closed_m, embodiment.gripper_open_m
         self._finger_step_m = 0.5 * twin.gripper_speed_m_s / twin.sim_freq
         self.sim_steps = int(twin.sim_freq / embodiment.policy_rate_hz)
         self._latest = round((twin.latency_s + twin.randomization.latency_s) * twin.sim_freq)
@@ -114,7 +100,7 @@ class BatchedArm:
         T = self.T_base_target.clone()
         lower, upper = torch.minimum(self._lower_m, position), torch.maximum(self._upper_m, position)
         T[:, :3, 3] = (position + step[:, :3]).clamp(lower, upper)
-        T[:, :3, :3] = T[:, :3, :3] @ turn(2, step[:, 5]) @ turn(1, step[:, 4]) @ turn(0, step[:, 3])
+        T[:, :3, :3] = T[:, :3, :3] @ euler_angles_to_matrix(step[:, [5, 4, 3]], "ZYX")
         self.T_base_target = torch.where(active[:, None, None], T, self.T_base_target)
         q_next, found = self.kinematics.solve(self.T_base_target, self.q_target)
         change = torch.where((active & found)[:, None], q_next - self.q_target, 0.0)
@@ -122,7 +108,7 @@ class BatchedArm:
         share = torch.arange(1, self.sim_steps + 1, device=change.device)[:, None] / self.sim_steps
         joints = self.q_target[:, None] + share * change[:, None]
         self.q_target = self.q_target + change
-        opening_m = self._closed_m + 0.5 * (actions[:, 6].clamp(-1.0, 1.0) + 1.0) * (self._open_m - self._closed_m)
+        opening_m = self._closed_m + 0.5 * (actions[:, 6].clamp(-1.0, 1.0) + 1.0) * (self.open_m - self._closed_m)
         period = torch.cat([joints, (0.5 * opening_m)[:, None, None].expand(-1, self.sim_steps, 1)], -1)
         path = torch.cat([self._path[:, self.sim_steps :], period], 1)
         self._path = torch.where(active[:, None, None], path, self._path)

@@ -1,6 +1,5 @@
 """What the twin shows: cameras, light, colours, and the parts of a picture that SAPIEN draws or that splats need."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ DARK_LINKS = ("panda_link3", "panda_link5", "panda_hand")
 WALLS = (([-1.4, 0, 0], [0.01, 3, 2]), ([0, -1.8, 0], [3, 0.01, 2]), ([0, 0, -0.75], [3, 3, 0.01]))  # middle, half
 TIP_FROM_M = 0.04  # along a finger, which is dark from there on
 ABSENT = np.eye(4, dtype=np.float32) + np.float32([[0] * 4, [0] * 4, [0, 0, 0, -100], [0] * 4])  # out of every picture
+Named = dict[str, np.ndarray]
 
 
 class ShownEnv(BaseEnv):
@@ -138,7 +138,7 @@ class ShownEnv(BaseEnv):
             if body is not None:
                 entity.remove_component(body)
 
-    def _draw_looks(self, rng: np.random.Generator) -> "Looks":
+    def _randomize_looks(self, rng: np.random.Generator) -> None:
         """The last draws of an episode, so that worlds with and without pictures have the same states."""
         r, twin = self.twin.randomization, self.twin
         sun, ambient = (1.0 + rng.uniform(-r.light, r.light) for _ in range(2))
@@ -146,57 +146,34 @@ class ShownEnv(BaseEnv):
         nominal |= {"arm": twin.arm_colour, "joint": twin.joint_colour}
         colours = {n: np.clip(np.add(c, rng.uniform(-r.colour, r.colour, 3)), 0, 1) for n, c in nominal.items()}
         planks = np.clip(colours["table"] * rng.uniform(1 - r.planks, 1 + r.planks, (twin.table_planks, 1)), 0, 1)
-        shifts = {}
+        self._light, self._camera_offsets, shifts = (sun + ambient) / 2, {}, {}
         for name in sorted(self.embodiment.cameras):
             turn = pose.matrix_from_rpy(rng.uniform(-1, 1, 3) * r.camera_rot_rad)
             shifts[name] = pose.pose(rng.uniform(-1, 1, 3) * r.camera_pos_m, turn)
-        return Looks(sun, ambient, colours, planks, shifts)
+            to_opencv = pose.pose(np.zeros(3), OPENCV_FROM_SAPIEN)
+            self._camera_offsets[name] = to_opencv @ shifts[name] @ to_opencv.T
+        if self.scene.can_render():
+            self._show_looks(sun, ambient, colours, planks, shifts)
 
-    def _randomize_looks(self, rng: np.random.Generator) -> None:
-        looks = self._draw_looks(rng)
-        self._light, self._camera_offsets = looks.light, looks.camera_offsets
-        if not self.scene.can_render():
-            return
-        for name, shift in looks.shifts.items():
+    def _show_looks(self, sun: float, ambient: float, colours: Named, planks: np.ndarray, shifts: Named) -> None:
+        for name, shift in shifts.items():
             camera = self._sensors[name].camera._render_cameras[0]
             camera.local_pose = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
-        self._sun.color = [SUN * looks.sun] * 3
-        self.scene.sub_scenes[0].set_ambient_light([AMBIENT * looks.ambient] * 3)
-        self._paint(looks, 0, [self.goal])
+        self._sun.color = [SUN * sun] * 3
+        self.scene.sub_scenes[0].set_ambient_light([AMBIENT * ambient] * 3)
+        self._repaint(0, colours, planks, [self.goal])
 
-    def _paint(self, looks: "Looks", index: int, goals: list[Actor]) -> None:
-        """Colours of the sub-scene's bodies."""
-        for shape, colour in zip(shown_shapes(self.table._objs[index]), looks.planks, strict=False):
+    def _repaint(self, index: int, colours: Named, planks: np.ndarray, goals: list[Actor]) -> None:
+        """The bodies of a sub-scene."""
+        for shape, colour in zip(shown_shapes(self.table._objs[index]), planks, strict=False):
             repaint(shape, colour)  # there are none where splats draw it
-        for actor, name in [(goal, "goal") for goal in goals] + [(self.room, "room")]:
+        for actor in (*goals, self.room):
             for shape in shown_shapes(actor._objs[index]):
-                repaint(shape, looks.colours[name])
+                repaint(shape, colours["room" if actor is self.room else "goal"])
         for link in self.agent.robot._objs[index].links:
             for shape in shown_shapes(link.entity):
                 tip = "finger" in link.entity.name and shape.local_pose.p[2] > TIP_FROM_M
-                repaint(shape, looks.colours["joint" if tip or link.entity.name.endswith(DARK_LINKS) else "arm"])
-
-
-@dataclass(frozen=True)
-class Looks:
-    """Of an episode: shares of the nominal light, colours by name and of each plank, and how far each camera is off
-    [4, 4], in SAPIEN's axes."""
-
-    sun: float
-    ambient: float
-    colours: dict[str, np.ndarray]
-    planks: np.ndarray
-    shifts: dict[str, np.ndarray]
-
-    @property
-    def light(self) -> float:
-        return (self.sun + self.ambient) / 2
-
-    @property
-    def camera_offsets(self) -> dict[str, np.ndarray]:
-        """In the contract's (OpenCV's) axes."""
-        to_opencv = pose.pose(np.zeros(3), OPENCV_FROM_SAPIEN)
-        return {name: to_opencv @ shift @ to_opencv.T for name, shift in self.shifts.items()}
+                repaint(shape, colours["joint" if tip or link.entity.name.endswith(DARK_LINKS) else "arm"])
 
 
 def sapien_camera_pose(T_mount_cam: np.ndarray) -> sapien.Pose:

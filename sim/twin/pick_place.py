@@ -36,19 +36,10 @@ class PickPlaceTwinEnv(TwinEnv):
     TASK = "PickPlaceTwin-v1"
     LEGACY_FORCE_N = 0.03
     SETTLE_S = 0.4
-    PER_EPISODE = (
-        "rest_height_m",
-        "inner_half_m",
-        "inner_radius_m",
-        "reach_m",
-        "legacy_radius_m",
-        "legacy_above_m",
-    )
+    PER_EPISODE = ("rest_height_m", "inner_half_m", "inner_radius_m", "reach_m", "legacy_radius_m", "legacy_above_m")
     inner_half_m: Any  # in x and y, of the receptacle; and round ones' radius: where the object's centre may lie
     inner_radius_m: Any
     reach_m: Any  # no higher above the receptacle's floor
-    legacy_radius_m: Any
-    legacy_above_m: Any
 
     def _load_task(self, surface: sapien.physx.PhysxMaterial) -> None:
         away = sapien.Pose([0.0, 0.0, 5.0])

@@ -104,12 +104,15 @@ class TwinVectorEnv:
             raise ValueError(f"group_size {group_size}: num_envs {num_envs} must be a multiple of it")
         if num_envs < 1 or not 0 <= num_workers <= num_envs:
             raise ValueError(f"num_envs {num_envs}, num_workers {num_workers}: need 1 <= num_envs, workers <= envs")
+        local: type[Worker] = Worker
+        if isinstance(config, TwinConfig) and config.physics == "physx_cuda":
+            from sim.twin.batched_worker import BatchedWorker  # imports ManiSkill
+
+            local, num_workers = BatchedWorker.checked(), 0  # one simulation steps them all, in this process
         self.config, self.embodiment, self.num_envs = config, embodiment, num_envs
         self._group_size = group_size
         self._splats = SplatPictures(config, embodiment) if render and config.draws_splats else None
         cameras = sorted(embodiment.cameras) if render and self._splats is None else []
-        batched = isinstance(config, TwinConfig) and config.physics == "physx_cuda"
-        num_workers = 0 if batched else num_workers  # one simulation steps them all, in this process
         shares = np.array_split(np.arange(num_envs), max(num_workers, 1))
         shape = (2, num_envs, config.picture_height, config.picture_width, 3)
         self._memory = {name: SharedMemory(create=True, size=int(np.prod(shape))) for name in cameras}
@@ -132,11 +135,7 @@ class TwinVectorEnv:
         ]
         self._episodes = np.full(num_envs, -1)  # of its stream, that an environment is in
         self._requests: deque[_Request] = deque()
-        if batched:
-            from sim.twin.batched_worker import BatchedWorker as Local  # imports SAPIEN
-        else:
-            Local = Worker
-        self._local = Local(self._setups[0]) if num_workers == 0 else None
+        self._local = local(self._setups[0]) if num_workers == 0 else None
         self._incarnations = [0] * num_workers
         self._workers = [start(setup) for setup in self._setups] if num_workers else []
         self._fresh: list[Answers] = [{} for _ in self._setups]  # first observations after a worker was replaced

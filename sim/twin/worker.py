@@ -207,14 +207,17 @@ class Worker:
         self._pictures = {
             name: np.ndarray(setup.picture_shape, np.uint8, memory.buf) for name, memory in self._memory.items()
         }
+        self._watched: int | None = None
+        self._frames: list[Any] = []
+        self._build(setup)
+
+    def _build(self, setup: Setup) -> None:
         self.twins = {
             env: setup.config.make(setup.embodiment, (setup.seed, env // setup.group_size), setup.render)
             for env in setup.env_ids
         }
         for twin, begun in zip(self.twins.values(), setup.begun, strict=True):
             twin.episode = begun - 1
-        self._watched: int | None = None
-        self._frames: list[Any] = []
 
     def serve(self, what: str, envs: list[int], arguments: list[Any]) -> dict[int, dict[str, Any]]:
         return {env: getattr(self, "_" + what)(env, argument) for env, argument in zip(envs, arguments, strict=True)}

@@ -11,14 +11,15 @@ import sapien.physx
 import torch
 
 from bridge import pose
+from bridge.config import load
 from bridge.embodiment import Embodiment
 from sim.expert import PickPlaceExpert
-from sim.twin import batched_worker
 from sim.twin.arm import ArmKinematics, GripperController, TargetDeltaPoseController
 from sim.twin.batched_arm import BatchedArm, BatchedKinematics, twist
 from sim.twin.batched_scene import BatchedScene
 from sim.twin.batched_worker import BatchedWorker
 from sim.twin.config import Randomization, TwinConfig
+from sim.twin.demos import TwinDemosConfig
 from sim.twin.pick_place import PickPlaceTwinEnv
 from sim.twin.put_cube import PutCubeOnPlateEnv
 from sim.twin.vector_env import TwinVectorEnv
@@ -33,13 +34,13 @@ CUDA = TwinConfig(physics="physx_cuda", randomization=FIXED, picture_width=64, p
 
 def on_cpu(monkeypatch, config, embodiment, num_envs=1, **options) -> TwinVectorEnv:
     """The batched code on CPU physics."""
-    local = functools.partial(BatchedWorker, sim_backend="physx_cpu")
-    monkeypatch.setattr(batched_worker, "BatchedWorker", local)
+    monkeypatch.setattr(BatchedWorker, "sim_backend", "physx_cpu")
     return TwinVectorEnv(config, embodiment, num_envs, 1, **options)
 
 
 def test_an_episode_is_the_twins(monkeypatch, embodiment):
-    """The expert's actions in both. Contacts are solved in another order, so bodies may differ by what follows."""
+    """The expert's actions in both: a scene that has seen contacts solves them in another order than a fresh one, so
+    poses may differ by a millimetre (0.34 mm was the most in ten episodes)."""
     twin = Twin(dataclasses.replace(CUDA, physics="physx_cpu"), embodiment)
     with on_cpu(monkeypatch, CUDA, embodiment, auto_reset=False) as env:
         for seed in (1, 2):
@@ -58,7 +59,7 @@ def test_an_episode_is_the_twins(monkeypatch, embodiment):
                 (batched,) = env.info_poses()
                 assert np.allclose(batched["T_base_target"], twin.facts.T_base_target, atol=1e-9)
                 assert np.allclose(batched["T_base_tcp"], twin.facts.T_base_tcp, atol=1e-3)
-                assert np.allclose(batched["object_pos_m"], twin.facts.object_pos_m, atol=2e-3)
+                assert np.allclose(batched["object_pos_m"], twin.facts.object_pos_m, atol=1e-3)
                 assert np.isclose(batched["gripper_opening_m"], twin.facts.gripper_opening_m, atol=1e-3)
                 assert batched["stages"] == twin.facts.stages
                 assert result.reward[0, 0] == reward
@@ -258,3 +259,37 @@ def alone(twin: Twin, seed: int, actions: np.ndarray) -> np.ndarray:
     twin.reset(seed)
     twin.step_chunk(actions)
     return twin.state
+
+
+def test_pick_place_of_several_is_the_twins(monkeypatch):
+    """Behind the fake: one of many objects in each, which comes to rest while the others' episodes stand still; and
+    what splats are drawn from."""
+    made = load("twin-demos", TwinDemosConfig, ["twin=pick_place", "embodiment=rl_co"])
+    config = dataclasses.replace(made.twin, receptacle="either", success="legacy")
+    twin = Twin(config, made.embodiment, render=False)
+    several_scenes(monkeypatch)
+    cuda = dataclasses.replace(config, physics="physx_cuda")
+    actions = np.random.default_rng(4).normal(0, 0.03, (2, 6, 7)).astype(np.float32)
+    with on_cpu(monkeypatch, cuda, made.embodiment, 2, auto_reset=False, render=False) as env:
+        env.reset([20, 21])
+        env.step_chunk(actions[:, :3])
+        moved = env.info_poses()[1]
+        env.reset([22], env_ids=[0])
+        assert np.array_equal(env.info_poses()[1]["object_pos_m"], moved["object_pos_m"])
+        assert np.array_equal(env.info_poses()[1]["T_base_tcp"], moved["T_base_tcp"])
+        env.step_chunk(actions[:, 3:])
+        scene, names = env._local.scene, sorted(env._local.scene.actor_names)
+        views = scene.views(["panda_hand"], names, with_rgb=False)
+        for row, (seed, steps) in enumerate(((22, slice(3, 6)), (21, slice(0, 6)))):
+            twin.reset(seed)
+            twin.step_chunk(actions[row, steps])
+            facts, found = vars(twin.facts), env.info_poses()[row]
+            for key in ("T_base_tcp", "T_base_target", "object_pos_m", "object_yaw_rad", "goal_pos_m"):
+                assert np.allclose(found[key], facts[key], atol=2e-3), key
+            assert found["stages"] == facts["stages"]
+            wanted = twin.env.view(["panda_hand"], names, with_rgb=False)
+            assert np.allclose(views[row].T_base_cam, wanted.T_base_cam, atol=1e-3)
+            shown = [name for name in names if name != "shelf"]
+            index = [names.index(name) + 1 for name in shown]
+            assert np.allclose(views[row].T_base_body[[0, *index]], wanted.T_base_body[[0, *index]], atol=3e-3)
+            assert (views[row].T_base_body[1:, 2, 3] > -50).sum() < 6  # most objects take no part
