@@ -1,7 +1,8 @@
 import dataclasses
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ import torch
 
 from bridge.dataset import DatasetStore, decode_frames, video_path
 from bridge.errors import SchemaMismatch
-from learner.demo_dataset import DataConfig, DemoDataset, Mixture, Part, compose, next_gripper_event_m, open_parts
+from learner.demo_dataset import (
+    DataConfig,
+    DemoDataset,
+    Mixture,
+    Part,
+    cached_frames,
+    compose,
+    next_gripper_event_m,
+    open_parts,
+)
 from learner.sft import measure
 from tests.learner.toy_cell import tabletop
 from tests.learner.toy_data import SIZE, target_after, write_dataset
@@ -99,29 +109,31 @@ def test_pictures_are_area_resized_once_and_then_mapped(folder, monkeypatch):
     np.testing.assert_array_equal(again.batch(np.array([0])).observation.images["wrist"][0], picture)
 
 
+def prepare_together(video, cache, number, shapes):
+    """Prepare the pictures of `video`; both of two processes have written theirs before either moves it in place."""
+    save = np.save
+
+    def together(path, frames):
+        save(path, frames)
+        Path(f"{path}.saved{number}").touch()
+        while len(list(cache.glob("*.saved*"))) < 2:
+            time.sleep(0.01)
+
+    np.save = together
+    shapes.put(cached_frames(video, (8, 8), cache).shape)
+
+
 def test_runs_that_begin_together_may_prepare_the_same_pictures(folder, tmp_path):
-    script = """
-import sys, time
-import numpy
-from pathlib import Path
-save, cache = numpy.save, Path(sys.argv[2])
-def together(path, frames):
-    save(path, frames)
-    Path(str(path) + ".saved" + sys.argv[3]).touch()
-    while len(list(cache.glob("*.saved*"))) < 2:
-        time.sleep(0.01)
-numpy.save = together
-from learner.demo_dataset import cached_frames
-print(cached_frames(Path(sys.argv[1]), (8, 8), cache).shape)
-"""
     video, cache = next(folder.rglob("*.mp4")), tmp_path / "cache"
-    runs = [
-        subprocess.Popen([sys.executable, "-c", script, video, cache, str(k)], stdout=subprocess.PIPE, text=True)
-        for k in range(2)
-    ]
-    said = [run.communicate(timeout=100)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert said[0] == said[1] != ""
+    context = multiprocessing.get_context("fork")  # the imports would take longer than the rest
+    shapes = context.SimpleQueue()
+    runs = [context.Process(target=prepare_together, args=(video, cache, k, shapes), daemon=True) for k in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(100)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert shapes.get() == shapes.get()
     assert len(list(cache.glob("*.npy"))) == 1
 
 
