@@ -50,6 +50,11 @@ def test_an_episode_is_the_twins(monkeypatch, embodiment):
             for name, picture in twin.pictures().items():
                 off = np.abs(observation.images[name][0].astype(int) - picture).max(-1)
                 assert (off > 2).mean() < 0.002, name  # at edges
+            (found,), wanted = env._local.scene.views([], [], with_rgb=True), twin.env.view([], [], with_rgb=True)
+            for name, depth_m in wanted.depth_m.items():
+                off = ~np.isclose(found.depth_m[name], depth_m, atol=1e-3)
+                assert off.mean() < 0.002, name
+            env.watch(0)
             expert = PickPlaceExpert(embodiment, seed)
             while not twin.ended:
                 f = twin.facts
@@ -64,6 +69,9 @@ def test_an_episode_is_the_twins(monkeypatch, embodiment):
                 assert batched["stages"] == twin.facts.stages
                 assert result.reward[0, 0] == reward
                 assert result.success[0] == twin.facts.success
+            film = env.frames(0)
+            assert len(film) == twin.steps
+            assert np.array_equal(film[-1], result.final_observation.images["third_person"][0])
             assert twin.facts.success
             assert result.terminated[0, 0]
             assert result.episode_len[0] == twin.steps
