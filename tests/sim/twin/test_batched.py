@@ -231,11 +231,12 @@ def test_each_of_several_is_as_if_alone(monkeypatch, embodiment):
             assert np.allclose(facts["object_pos_m"], twin.facts.object_pos_m, atol=1e-6)
             assert np.allclose(facts["goal_pos_m"], twin.facts.goal_pos_m, atol=1e-6)
         together = env.step_chunk(actions[:, :5])
-        before = env.info_poses()
+        before, moving = env.info_poses(), env._local.scene.get_state()[1]
         some = env.step_chunk(actions[[0, 2], 5:9], env_ids=[0, 2])
         (stayed,) = env.info_poses([1])
         for key in ("T_base_tcp", "object_pos_m", "T_base_target", "gripper_opening_m"):
             assert np.array_equal(stayed[key], before[1][key]), key
+        assert np.allclose(env._local.scene.get_state()[1], moving, atol=1e-6)  # velocities too
         env.reset([9], env_ids=[0])
         assert np.array_equal(env.info_poses([1])[0]["object_pos_m"], stayed["object_pos_m"])
         late = env.step_chunk(actions[:, 9:14])  # 5, 10 and 14 steps in
