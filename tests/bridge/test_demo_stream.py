@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from bridge import demo_stream
 from bridge.dataset import DatasetStore, read_episode
 from bridge.demo_stream import DemoReceiver, DemoSender
 from bridge.embodiment import Embodiment
@@ -143,6 +144,7 @@ def test_a_full_disk_at_the_learner_delays_and_loses_nothing(tmp_path, monkeypat
         return append(self, folder)
 
     monkeypatch.setattr(DatasetStore, "append", append_or_full)
+    monkeypatch.setattr(demo_stream, "BUSY_S", 0.2)
     with receiving(tmp_path / "data") as receiver, sending(receiver.endpoint, tmp_path / "spool") as sender:
         sender.enqueue(write_episode(tmp_path / "a"))
         while receiver.stats()["busy"] == 0:

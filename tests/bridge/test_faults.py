@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from bridge import checkpoint_fetch, demo_stream, policy_client
+from bridge import checkpoint_fetch, demo_stream, policy_client, sockets
 from bridge.checkpoint import latest_bundle, verify_bundle
 from bridge.checkpoint_stream import CheckpointSubscriber
 from bridge.codec import encode
@@ -118,6 +118,8 @@ def test_episodes_arrive_once_and_whole(fault, row, tmp_path):
 
 
 def test_a_half_open_connection_is_left_and_made_anew(row, monkeypatch):
+    monkeypatch.setattr(sockets, "HEARTBEAT_MS", 250)
+    monkeypatch.setattr(sockets, "HEARTBEAT_TIMEOUT_MS", 1000)
     with serving() as server:
         link = FaultyConnection(server.endpoint)
         try:
