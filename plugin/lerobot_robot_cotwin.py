@@ -169,7 +169,8 @@ class Cotwin(_Unattended, Robot):
     def _open(self) -> tuple[_Link, Observer]:
         link = _Link("lerobot", self.config.namespace, self.config.use_sim_time)
         self._clock = RobotClock(link.node)
-        observer = Observer(list(self.cameras), round(self.config.max_age_s * 1e9), picture_of_raw)
+        writable = lambda raw: picture_of_raw(raw).copy()  # LeRobot makes tensors of them  # noqa: E731
+        observer = Observer(list(self.cameras), round(self.config.max_age_s * 1e9), writable)
         for name in self.cameras:
             keep = lambda raw, name=name: observer.add_picture(name, stamp_ns_of_raw(raw), raw)  # noqa: E731
             link.listen(Image, f"{name}/image_raw", keep, raw=True)

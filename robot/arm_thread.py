@@ -15,7 +15,15 @@ import numpy as np
 from robot.body import Body
 from robot.safety import State, limit_wrench
 from robot.stamps import StampMap
-from robot.stream import ROBOT_ERRORS, ImpedanceStream, PositionStream, first_line, has_ended, set_joint_limits
+from robot.stream import (
+    ROBOT_ERRORS,
+    ImpedanceStream,
+    PositionStream,
+    first_line,
+    has_ended,
+    set_joint_limits,
+    time_ms,
+)
 from robot.target import TargetPath
 
 if TYPE_CHECKING:
@@ -141,7 +149,7 @@ class ArmThread(threading.Thread):
         """The newest state into the ring; judge it and its age."""
         self.beat_s, self.call = time.monotonic(), "reading the state"
         state = self._robot.state
-        driver, now_s, robot_ms = self.driver, time.monotonic(), state.time.to_sec() * 1e3
+        driver, now_s, robot_ms = self.driver, time.monotonic(), time_ms(state)
         if robot_ms != self._robot_ms:
             self._robot_ms, self.fresh_s = robot_ms, now_s
             stamp_ns = self._stamps.stamp_ns(robot_ms, driver.now_ns())
@@ -182,7 +190,7 @@ class ArmThread(threading.Thread):
             self._stream = kind(self._robot, self.config, self._body)
             self._streams_at_s = now_s
         self._stream.check()
-        if now_s + 1e-3 < self._streams_at_s or not self._stream.is_settled():
+        if now_s + 1e-3 < self._streams_at_s or not self._stream.is_settled(self._robot_ms):
             return
         self._streams_at_s = max(self._streams_at_s + 1 / self.config.stream_rate_hz, now_s)
         with driver.lock:

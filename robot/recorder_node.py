@@ -19,7 +19,6 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
-from rclpy.serialization import deserialize_message
 from rclpy.task import Future
 from sensor_msgs.msg import Image, JointState
 from std_srvs.srv import SetBool, Trigger
@@ -32,10 +31,10 @@ from bridge.keys import Keys
 from robot import params
 from robot.config import setting
 from robot.diagnostics import Diagnostics
-from robot.images import picture_of
+from robot.images import picture_of_raw
 from robot.recorder import EpisodeRecorder, RecorderConfig
 from robot.spin import run_node
-from robot.stamped import matrix_of, stamp_ns
+from robot.stamped import matrix_of, stamp_ns, stamp_ns_of_raw
 
 STATUS_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.05
@@ -128,8 +127,7 @@ class RecorderNode(Node):
 
     def _on_image(self, camera: str, raw: bytes) -> None:
         if self.recorder.recording:  # between episodes pictures are not even unpacked
-            message = deserialize_message(raw, Image)
-            self.recorder.image(camera, stamp_ns(message), picture_of(message))
+            self.recorder.image(camera, stamp_ns_of_raw(raw), picture_of_raw(raw))
 
     def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         with self._answering(response):

@@ -26,7 +26,7 @@ SAME = 5e-5  # m, and rad
 JOINT_ACCELERATION_RAD_S2, JOINT_JERK_RAD_S3 = 9.1, 2400.0
 NO_FILTER_HZ = 1000.0  # its low-pass makes that velocity older still: 5265 rad/s3 where 4950 were without
 MIN_SHARE = 0.01
-SETTLED_S = 0.005  # of the arm's time: a plan on the heels of another begins with the acceleration of neither
+SETTLED_MS = 5.0  # of the arm's time: a plan on the heels of another begins with the acceleration of neither
 
 
 class PositionStream:
@@ -37,7 +37,7 @@ class PositionStream:
         self._q_rad = self._q_start_rad = np.array(robot.state.q)
         self._speed_rad_s = config.dynamics_factor * np.array(robot.joint_velocity_limit.get())
         self._last: np.ndarray | None = None
-        self._sent_s = 0.0  # of the arm's time
+        self._sent_ms = 0.0  # of the arm's time
         self._is_open = False
 
     def check(self) -> None:
@@ -45,14 +45,13 @@ class PositionStream:
         if self._last is not None and has_ended(self._robot):
             raise RuntimeError("the arm ended the motion by itself")
 
-    def is_settled(self) -> bool:
-        """Whether the last plan has run for long enough to be followed by the next."""
+    def is_settled(self, now_ms: float) -> bool:
+        """Whether the last plan has run for long enough, at the time of the arm's newest state, to be followed."""
         if self._last is None:
             return True
-        now_s = self._robot.state.time.to_sec()
-        if not self._is_open and now_s != self._sent_s:  # the first plan begins with the first state of the session,
-            self._sent_s, self._is_open = now_s, True  # which takes its time to open: no other state is given till then
-        return self._is_open and now_s - self._sent_s >= SETTLED_S
+        if not self._is_open and now_ms != self._sent_ms:  # the first plan begins with the first state of the session,
+            self._sent_ms, self._is_open = now_ms, True  # which takes its time to open: till then none is given
+        return self._is_open and now_ms - self._sent_ms >= SETTLED_MS
 
     def send(self, T_base_target: np.ndarray) -> None:
         if self._last is not None and np.abs(T_base_target - self._last).max() < SAME:
@@ -70,16 +69,17 @@ class PositionStream:
         # With the default `return_when_finished` a small step would end the session before the next one comes.
         motion = franky.JointMotion(q_rad.tolist(), relative_dynamics_factor=dynamics, return_when_finished=False)
         self._robot.move(motion, asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
-        self._last, self._q_rad, self._sent_s = np.array(T_base_target), q_rad, state.time.to_sec()
+        self._last, self._q_rad, self._sent_ms = np.array(T_base_target), q_rad, time_ms(state)
 
     def stop(self, meanwhile: Callable[[], None]) -> None:
         """Brake and end the session, calling `meanwhile` often. Raises what the session ended with instead."""
         if self._last is None:
             return
-        _wait(self._robot, lambda: has_ended(self._robot) or self.is_settled(), meanwhile)
-        if not has_ended(self._robot):
-            self._robot.move(franky.JointStopMotion(), asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
-            _wait(self._robot, lambda: has_ended(self._robot), meanwhile)
+        robot = self._robot
+        _wait(robot, lambda: has_ended(robot) or self.is_settled(time_ms(robot.state)), meanwhile)
+        if not has_ended(robot):
+            robot.move(franky.JointStopMotion(), asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
+            _wait(robot, lambda: has_ended(robot), meanwhile)
 
 
 class ImpedanceStream:
@@ -97,7 +97,7 @@ class ImpedanceStream:
         if has_ended(self._robot):
             raise RuntimeError("the arm ended the motion by itself")
 
-    def is_settled(self) -> bool:
+    def is_settled(self, now_ms: float) -> bool:
         return True
 
     def send(self, T_base_target: np.ndarray) -> None:
@@ -116,6 +116,11 @@ def set_joint_limits(robot: franky.Robot) -> None:
         (robot.joint_jerk_limit, JOINT_JERK_RAD_S3),
     ):
         limit.set(np.minimum(limit.max, most))
+
+
+def time_ms(state: franky.RobotState) -> float:
+    """The arm's own time of one of its states."""
+    return state.time.to_sec() * 1e3
 
 
 def has_ended(robot: franky.Robot) -> bool:
