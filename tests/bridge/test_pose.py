@@ -49,6 +49,16 @@ def test_batch_axes():
     assert pose.delta(T, pose.integrate(T, action)).shape == (5, 3, 6)
 
 
+def test_one_rotation_is_what_a_batch_of_it_is():
+    turns = Rotation.random(200, rng=np.random.default_rng(3)).as_matrix()
+    halves = [np.diag([1.0, -1, -1]), np.diag([-1.0, 1, -1]), np.diag([-1.0, -1, 1]), np.eye(3)]
+    for R in [*turns, *halves]:
+        (quat,), (angle,) = pose.quat_xyzw_from_matrix(R[None]), pose.rotation_angle(R[None])
+        assert np.allclose(pose.quat_xyzw_from_matrix(R), quat, atol=1e-15)
+        assert np.allclose(pose.matrix_from_quat_xyzw(2 * quat), pose.matrix_from_quat_xyzw(quat[None])[0], atol=1e-15)
+        assert pose.rotation_angle(R) == pytest.approx(angle, abs=1e-15)
+
+
 def test_state_roll_is_continuous_for_a_gripper_that_points_down():
     states = [
         pose.state_vector(pose.pose(np.zeros(3), pose.matrix_from_rpy([roll, 0, 0])), 0.04)
