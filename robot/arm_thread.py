@@ -161,9 +161,8 @@ class ArmThread(threading.Thread):
                     driver.path = TargetPath(sample.T_base_tcp, period_s, self.config.limits, stream_period_s)
                 elif driver.machine.state in (State.IDLE, State.DISCONNECTED) and self._stream is None:
                     driver.path.reset(sample.T_base_tcp)  # an arm that is moved by hand keeps its target with it
-                T_target = driver.path.at(driver.now_ns()).T_base_target
                 opening_m = (driver.gripper.opening_m if driver.gripper is not None else None) or np.nan
-                row = (sample.q_rad, sample.T_base_tcp, sample.wrench_base, T_target, opening_m)
+                row = (sample.q_rad, sample.T_base_tcp, sample.wrench_base, driver.path.T_streamed, opening_m)
                 driver.black_box.add_state(stamp_ns, driver.machine.state, *row)
                 if clip := limit_wrench(sample.wrench_base, self.config.limits):
                     driver.fault(f"limit breach: {clip.limit} {clip.requested:.1f}, allowed are {clip.allowed:g}")

@@ -59,7 +59,7 @@ class TargetPath:
         self.T_target = self._T_from = self._T_now = self._T_next = T
         self._T_requested = self._T_requested_from = T
         self._start_ns = self._end_ns = self._grid_ns = 0
-        self._T_streamed, self._passed = T, []  # what the arm got last; the grid's poses after it
+        self.T_streamed, self._passed = T, []  # what the arm got last; the grid's poses after it
         self._is_braking = False
         self._velocity, self._acceleration = np.zeros((2, 3)), np.zeros((2, 3))  # of position and rotation, base frame
         self._num_still = 2  # steps of the grid in a row without speed and acceleration
@@ -114,10 +114,10 @@ class TargetPath:
         would, the poses of the grid in between come first, one a call."""
         streamed = self.at(now_ns)
         ways = [*self._passed, streamed.T_base_target]
-        start_m, n = self._T_streamed[:3, 3], len(ways) - 1
+        start_m, n = self.T_streamed[:3, 3], len(ways) - 1
         while n > 0 and safety.enters(start_m, ways[n][:3, 3], self._boxes):
             n -= 1
-        self._T_streamed, self._passed = ways[n], self._passed[n + 1 :]
+        self.T_streamed, self._passed = ways[n], self._passed[n + 1 :]
         return replace(streamed, T_base_target=ways[n])
 
     def _is_at_rest(self, now_ns: int) -> bool:
