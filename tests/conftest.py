@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -43,6 +44,17 @@ def pytest_xdist_auto_num_workers(config):
     """Two processes for the whole suite; chosen tests start sooner in this one."""
     chosen = config.option.keyword or any(text.startswith("-m") for text in config.invocation_params.args)
     return 2 if config.args == config.getini("testpaths") and not chosen else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """What is imported stays: to look through it for garbage, again and again, takes a tenth of all time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):
