@@ -228,7 +228,7 @@ def opened_launcher(on_ray: bool, placement: Placement) -> Iterator[Launcher]:
     if owned:
         start_ray()
     try:
-        nodes = sorted((node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"])
+        nodes = ordered_nodes(ray.nodes(), ray.get_runtime_context().get_node_id())
         wanted = 1 + max(process.node for processes in placement.values() for process in processes)
         if len(nodes) < wanted:
             raise ValueError(f"component_placement needs {wanted} nodes; the Ray cluster has {len(nodes)}")
@@ -236,6 +236,12 @@ def opened_launcher(on_ray: bool, placement: Placement) -> Iterator[Launcher]:
     finally:
         if owned:
             ray.shutdown()
+
+
+def ordered_nodes(nodes: list[dict[str, Any]], own_id: str) -> list[tuple[str, str]]:
+    """Id and address of each that lives: node 0 is this machine, the others follow by address."""
+    alive = [(node["NodeID"], node["NodeManagerAddress"]) for node in nodes if node["Alive"]]
+    return sorted(alive, key=lambda node: (node[0] != own_id, node[1], node[0]))
 
 
 def start_ray() -> None:

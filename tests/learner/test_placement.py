@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from learner.exchange import Exchange
 from learner.member import Job
-from learner.placement import placed_trainer
+from learner.placement import ordered_nodes, placed_trainer
 from learner.placement_map import ClusterConfig, Process, described, parse, require_fit, seated
 from learner.remote import WorkerDied
 from learner.trainer import divided, local_trainer
@@ -286,6 +286,39 @@ def test_on_ray_the_curve_is_that_of_one_process(alone):
     with placed_trainer(job(launcher="ray"), APART, 4) as trainer:
         assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
         assert curve(trainer) == alone[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)  # two nodes of Ray and four processes that import torch
+def test_on_two_nodes_the_curve_is_that_of_one_process_and_each_part_is_where_it_was_put(alone, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        placement = parse({"env,rollout": "0", "actor": "1"}, 2, 1)
+        assert [p.node for part in placement.values() for p in part] == [0, 0, 1]
+        with placed_trainer(job(launcher="ray"), placement, 4) as trainer:
+            assert curve(trainer) == alone[0]
+            own = ray.get_runtime_context().get_node_id()
+            alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+            assert {one["Address"]["NodeID"] == own for one in alive} == {True, False}
+        more = placed_trainer(job(launcher="ray"), parse({"env,rollout": "0", "actor": "2"}, 3, 1), 4)
+        with pytest.raises(ValueError, match="needs 3 nodes; the Ray cluster has 2"), more:
+            pass
+    finally:
+        cluster.shutdown()
+
+
+def test_node_0_is_the_machine_that_trains():
+    nodes = [{"NodeID": name, "NodeManagerAddress": address, "Alive": alive} for name, address, alive in (
+        ("a", "10.0.0.2", True), ("b", "10.0.0.1", True), ("c", "10.0.0.9", True), ("d", "10.0.0.0", False),
+    )]  # fmt: skip
+    assert ordered_nodes(nodes, "c") == [("c", "10.0.0.9"), ("b", "10.0.0.1"), ("a", "10.0.0.2")]
 
 
 @pytest.mark.parametrize("kind", ["file", "tcp"])
