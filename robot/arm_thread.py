@@ -13,7 +13,7 @@ import franky
 import numpy as np
 
 from robot.body import Body
-from robot.safety import State, limit_wrench
+from robot.safety import State, limit_lag, limit_wrench
 from robot.stamps import StampMap
 from robot.stream import (
     ROBOT_ERRORS,
@@ -138,7 +138,8 @@ class ArmThread(threading.Thread):
         robot.set_collision_behavior(self.config.collision_torque_nm, self.config.collision_force_n)
         self.call, limits = "reading the robot's description", self.config.limits
         urdf, T_flange_tcp = robot.model_urdf, np.array(robot.state.F_T_EE.matrix)
-        self.driver.body, self._body = Body(urdf, T_flange_tcp, limits), Body(urdf, T_flange_tcp, limits)
+        share = self.config.dynamics_factor if self.config.streaming == "position" else 1.0
+        self.driver.body, self._body = (Body(urdf, T_flange_tcp, limits, share) for _ in range(2))
         self.driver.black_box.facts |= {"urdf": urdf, "T_flange_tcp": T_flange_tcp.tolist()}
         self._robot, self._robot_ms, self._stamps = robot, -1.0, StampMap()
         self._read()
@@ -164,8 +165,11 @@ class ArmThread(threading.Thread):
                 opening_m = (driver.gripper.opening_m if driver.gripper is not None else None) or np.nan
                 row = (sample.q_rad, sample.T_base_tcp, sample.wrench_base, driver.path.T_streamed, opening_m)
                 driver.black_box.add_state(stamp_ns, driver.machine.state, *row)
-                if clip := limit_wrench(sample.wrench_base, self.config.limits):
-                    driver.fault(f"limit breach: {clip.limit} {clip.requested:.1f}, allowed are {clip.allowed:g}")
+                clip = limit_wrench(sample.wrench_base, self.config.limits)
+                if clip is None and self._stream is not None:
+                    clip = limit_lag(sample.T_base_tcp, driver.path.T_streamed, self.config.limits)
+                if clip is not None:
+                    driver.fault(f"limit breach: {clip.limit} {clip.requested:.3g}, allowed are {clip.allowed:g}")
         mode = state.robot_mode
         with driver.lock:
             if mode in (franky.RobotMode.Reflex, franky.RobotMode.UserStopped):

@@ -45,10 +45,11 @@ class Margins:
 
 
 class Body:
-    """`T_flange_tcp` [4, 4]: where the TCP sits. Raises ValueError for a URDF that is not of a seven-joint arm."""
+    """`T_flange_tcp` [4, 4]: where the TCP sits; `speed_share`: of the joints' speeds, what motions are planned with.
+    Raises ValueError for a URDF that is not of a seven-joint arm."""
 
-    def __init__(self, urdf: str, T_flange_tcp: np.ndarray, limits: SafetyLimits):
-        self.limits = limits
+    def __init__(self, urdf: str, T_flange_tcp: np.ndarray, limits: SafetyLimits, speed_share: float = 1.0):
+        self.limits, self._speed_share = limits, speed_share
         self._model = pin.buildModelFromXML(urdf)
         if self._model.nq != 7 or not self._model.existFrame("link8"):
             raise ValueError(f"the robot's description has {self._model.nq} joints; needed are 7 and a frame link8")
@@ -148,7 +149,8 @@ class Body:
 
         def too_fast(share: float) -> np.ndarray:
             """By how much, at the end of so much of the step: there joints may be slower than at its beginning."""
-            allowed = SPEED_SHARE * self.speed_limits(q_from + share * way_rad, way_rad)
+            planned = self._speed_share * self._model.velocityLimit
+            allowed = SPEED_SHARE * np.minimum(self.speed_limits(q_from + share * way_rad, way_rad), planned)
             return share * speed_rad_s - np.maximum(allowed, ARRIVED / period_s)
 
         excess = too_fast(1.0)

@@ -69,6 +69,14 @@ class SafetyLimits:
     max_torque_nm: float = field(
         default=40.0, metadata={"about": "a larger external torque on the TCP is a fault (Nm)", "range": (0.5, 100.0)}
     )
+    max_lag_m: float = field(
+        default=0.1,
+        metadata={"about": "an arm so far from the pose it was sent is a fault (m)", "range": (0.01, 0.5)},
+    )
+    max_lag_rad: float = field(
+        default=0.5,
+        metadata={"about": "an arm turned so far from the pose that it was sent is a fault", "range": (0.05, 2.0)},
+    )
     workspace_lower_m: list[float] = field(
         default_factory=lambda: [0.20, -0.45, 0.018],
         metadata={"about": "lower corner x y z of the box in which the TCP target must stay, base frame (m)"},
@@ -210,6 +218,16 @@ def limit_wrench(wrench: np.ndarray, limits: SafetyLimits) -> Clip | None:
     if not force_n <= limits.max_force_n:  # so that NaN is no way through
         return Clip("force_n", force_n, limits.max_force_n)
     return None if torque_nm <= limits.max_torque_nm else Clip("torque_nm", torque_nm, limits.max_torque_nm)
+
+
+def limit_lag(T_base_tcp: np.ndarray, T_base_sent: np.ndarray, limits: SafetyLimits) -> Clip | None:
+    """By what the arm is too far from where it was sent [4, 4], if it is: something holds it, or it cannot follow. What
+    it was sent it would still do, later and all at once."""
+    away_m = float(np.linalg.norm(T_base_sent[:3, 3] - T_base_tcp[:3, 3]))
+    if not away_m <= limits.max_lag_m:
+        return Clip("lag_m", away_m, limits.max_lag_m)
+    turned_rad = float(pose.rotation_angle(T_base_tcp[:3, :3].T @ T_base_sent[:3, :3]))
+    return None if turned_rad <= limits.max_lag_rad else Clip("lag_rad", turned_rad, limits.max_lag_rad)
 
 
 def enters(start_m: np.ndarray, end_m: np.ndarray, boxes: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ commanded pose of the moment it arrives and loses millimetres.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import franky
 import numpy as np
@@ -18,6 +19,7 @@ from robot.config import ArmConfig
 # franky's own errors, and what it throws beside them: planner failures and dead connections are RuntimeErrors.
 ROBOT_ERRORS = (franky.Exception, franky.InvalidMotionTypeException, franky.MotionReuseException, RuntimeError)
 STOP_TIMEOUT_S = 1.5
+DAMPED_S = 0.25  # of the arm's time: most of the speed is gone then, the rest takes 0.3 to 0.5 s more
 # Each sent pose preempts the last, and the planner fails (-111) on preempting itself by a few micrometres at rest.
 SAME = 5e-5  # m, and rad
 # franky's own joint limits are the older arm's, up to twice the FR3's 10 rad/s2 and 5000 rad/s3. Its plans start from
@@ -104,9 +106,17 @@ class ImpedanceStream:
         self._tracker.set_target(franky.Affine(T_base_target))
 
     def stop(self, meanwhile: Callable[[], None]) -> None:
-        if not has_ended(self._robot):
-            self._robot.move(franky.TorqueStopMotion(), asynchronous=True)
-            _wait(self._robot, lambda: has_ended(self._robot), meanwhile)
+        """Torques only damp: an arm that is pulled gives way without an end, so the robot's own brake takes over."""
+        robot = self._robot
+        if has_ended(robot):
+            return
+        robot.move(franky.TorqueStopMotion(), asynchronous=True)
+        try:
+            _wait(robot, lambda: has_ended(robot), meanwhile, DAMPED_S)
+        except NotAtRest:
+            with suppress(franky.ControlException, franky.CommandException):  # preempted, or it has just ended
+                robot.stop()
+                robot.join_motion(timeout=STOP_TIMEOUT_S)
 
 
 def set_joint_limits(robot: franky.Robot) -> None:
@@ -129,18 +139,24 @@ def has_ended(robot: franky.Robot) -> bool:
     return robot.join_motion(timeout=0.0)
 
 
-def _wait(robot: franky.Robot, until: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
+class NotAtRest(RuntimeError):
+    """A stop has not ended in time."""
+
+
+def _wait(
+    robot: franky.Robot, until: Callable[[], bool], meanwhile: Callable[[], None], patience_s: float = STOP_TIMEOUT_S
+) -> None:
     """Joining waits for ever when the robot has gone; this does not. The arm's time to come to rest counts on its own
     clock, which may be slow (an emulated one) but must go on."""
-    began_s = robot_s = robot.state.time.to_sec()
+    began_ms = robot_ms = time_ms(robot.state)
     heard_s = time.monotonic()
     while not until():
-        if robot_s - began_s > STOP_TIMEOUT_S or time.monotonic() - heard_s > STOP_TIMEOUT_S:
-            raise RuntimeError(f"the arm did not come to rest in {STOP_TIMEOUT_S} s")
+        if robot_ms - began_ms > 1e3 * patience_s or time.monotonic() - heard_s > STOP_TIMEOUT_S:
+            raise NotAtRest(f"the arm did not come to rest in {patience_s} s")
         meanwhile()
         time.sleep(0.005)
-        if (now_s := robot.state.time.to_sec()) != robot_s:
-            robot_s, heard_s = now_s, time.monotonic()
+        if (now_ms := time_ms(robot.state)) != robot_ms:
+            robot_ms, heard_s = now_ms, time.monotonic()
 
 
 def first_line(error: BaseException) -> str:

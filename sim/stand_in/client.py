@@ -37,7 +37,9 @@ class CellClient:
 
     def inject(self, fault: str, **details: Any) -> None:
         """`reflex` (names=[...]), `user_stop`, `release_user_stop`, `pause` (duration_s), `drop_connections`,
-        `freeze_gripper` (frozen), `mute` (commands=[numbers]). Raises ValueError for what the cell does not know."""
+        `freeze_gripper` (frozen), `mute` (commands=[numbers]), `pull` (force_n [3] on the TCP, base frame, until it is
+        zero), `move_status` (name in `MoveStatus`: the answer to the next motion). Raises ValueError for what the cell
+        does not know."""
         self._ask("inject", fault=fault, details=details)
 
     def close(self) -> None:

@@ -58,6 +58,7 @@ class RobotServer:
         self.late_answers = 0
         self._responses: list[tuple[Command, int, int]] = []  # what follows the next state
         self._sent_s = 0.0
+        self.next_move_status: int | None = None  # what the next Move is answered with instead
         self._recovery: int | None = None  # request that is answered once the arm rests
         self._command = np.zeros(1, COMMAND)
         self._command_bytes = memoryview(self._command).cast("B")
@@ -191,6 +192,9 @@ class RobotServer:
 
     def _move(self, request_id: int, body: bytes) -> bytes:
         controller, generator = MOVE_REQUEST.unpack(body)[:2]
+        refused, self.next_move_status = self.next_move_status, None
+        if refused is not None:
+            return bytes([refused])
         if self.motion is not None or self._recovery is not None or self.errors or self.user_stopped:
             return bytes([MoveStatus.NOT_POSSIBLE])
         if controller > Controller.EXTERNAL or generator > Generator.NONE:
@@ -310,7 +314,10 @@ class RobotServer:
         value.O_T_EE_d[:], value.O_dP_EE_d[:] = value.O_T_EE_c, value.O_dP_EE_c
         # Counted as the robot counts: what it presses with, not what presses on it.
         external = value.tau_ext_hat_filtered
-        external -= FORCE_FILTER * (external + world.contact_torque)
+        touched = world.contact_torque
+        if world.pull_n.any():
+            touched = touched + self.kinematics.jacobian(world.q)[:3].T @ world.pull_n
+        external -= FORCE_FILTER * (external + touched)
         if external.max() > MIN_EXTERNAL_NM or external.min() < -MIN_EXTERNAL_NM:
             self._judge_contact(external)
         elif self._touching:

@@ -57,7 +57,9 @@ class MoveStatus(enum.IntEnum):
     SUCCESS = 0
     STARTED = 1
     PREEMPTED = 2
+    SAFETY_REJECTED = 4
     NOT_POSSIBLE = 5
+    SINGULAR_START = 6
     INVALID_ARGUMENT = 7
     REFLEX = 8
     USER_STOP = 9

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
+import numpy as np
 import zmq
 
 from bridge.config import command_line
@@ -20,7 +21,7 @@ from sim.stand_in.errors import ResetRefused
 from sim.stand_in.fci import RobotServer
 from sim.stand_in.frames import FrameFeed
 from sim.stand_in.gripper import GripperServer
-from sim.stand_in.protocol import Command
+from sim.stand_in.protocol import Command, MoveStatus
 from sim.stand_in.world import World
 
 MAX_LATE_S = 0.02  # behind schedule by more than this, the schedule moves
@@ -200,6 +201,13 @@ class Cell:
             self.hand.frozen = bool(details["frozen"])
         elif fault == "mute":
             self.robot.muted = {Command(number) for number in details["commands"]}
+        elif fault == "pull":
+            force_n = np.array(details["force_n"], dtype=np.float64)
+            if force_n.shape != (3,) or not np.isfinite(force_n).all():
+                raise ValueError(f"force_n {details['force_n']}: three finite numbers are needed (N, base frame)")
+            self.world.pull(force_n)
+        elif fault == "move_status":
+            self.robot.next_move_status = MoveStatus[details["name"]]
         else:
             raise ValueError(f"unknown fault {fault!r}")
 

@@ -37,7 +37,8 @@ class World:
         self._ee = self.model.site("ee").id
         self.ee_pos_m, self.ee_rot = data.site_xpos[self._ee], data.site_xmat[self._ee].reshape(3, 3)
         self._geoms = {name: self.model.geom(name).id for name in ("cube", "plate", "left_tip", "right_tip")}
-        self._cube_body = self.model.body("cube").id
+        self._cube_body, self._hand = self.model.body("cube").id, self.model.site("ee").bodyid[0]
+        self.pull_n = np.zeros(3)
         self._arm_bodies = set(range(1, self.model.body("right_finger").id + 1))
         home = np.array(embodiment.home_joint_pos_rad)
         self.q[:], self.position_target[:] = home, home
@@ -70,8 +71,16 @@ class World:
         mujoco.mj_mulM(self.model, self.data, self._inertial_force, self._acceleration)
         self.data.qfrc_applied[:7] = self._inertial_force[:7]
 
+    def pull(self, force_n: np.ndarray) -> None:
+        """A force [3] on the TCP, base frame, until told otherwise."""
+        self.pull_n = np.array(force_n, dtype=np.float64)
+        self.data.xfrc_applied[self._hand] = 0.0
+
     def step(self) -> None:
         """One millisecond, ending with poses and contacts that belong to the new state."""
+        if self.pull_n.any():
+            lever_m = self.ee_pos_m - self.data.xipos[self._hand]
+            self.data.xfrc_applied[self._hand] = *self.pull_n, *np.cross(lever_m, self.pull_n)
         mujoco.mj_step2(self.model, self.data)
         mujoco.mj_step1(self.model, self.data)
 

@@ -101,10 +101,13 @@ class Driving:
         return self.arm.snapshot().sample.T_base_tcp[:3, 3]
 
     def wait_s(self, seconds: float) -> None:
-        """By the arm's own time, which a busy machine slows down; by the wall's where the arm has stopped for good."""
-        until_ns, until_s = self.cell.now_ns() + round(seconds * 1e9), time.monotonic() + 5 * seconds
-        while self.cell.now_ns() < until_ns and time.monotonic() < until_s:
+        """By the arm's own time, which a busy machine slows down; by the wall's while the arm's stands still."""
+        gone_s, last_ns = 0.0, self.cell.now_ns()
+        while gone_s < seconds:
             time.sleep(0.01)
+            now_ns = self.cell.now_ns()
+            gone_s += 1e-9 * (now_ns - last_ns) if now_ns != last_ns else 0.01
+            last_ns = now_ns
 
     def ends(self, state: State, row: dict, fault: str, deadline_s: float, words: str = "", layer: str = "arm") -> None:
         """Wait for the state, see the arm stand still in it while actions go on, and note it."""
@@ -335,6 +338,47 @@ def test_force_over_the_threshold_latches(own, row):
                 driving.arm.command(move(z=-0.03), tick_ns)
         driving.ends(State.FAULT, row, "pressed on the table", 0.1, "limit breach: force_n")
         row["after"] = "latched while it presses"
+
+
+def test_an_arm_that_something_holds_latches(own, row):
+    """Soft, and pushed away from where it is sent by less than the threshold of forces."""
+    limits = SafetyLimits(max_lag_m=0.02)
+    with (
+        own() as cell,
+        Driving(cell, limits=limits, streaming="impedance", translational_stiffness_n_m=500.0) as driving,
+    ):
+        driving.moving()
+        cell.inject("pull", force_n=[0.0, 25.0, 0.0])
+        driving.ends(State.FAULT, row, "pulled aside, softly", 1.0, "limit breach: lag_m")
+        row["after"] = "latched while it is pulled"
+
+
+def test_a_pull_over_the_threshold_latches(own, row):
+    with own() as cell, Driving(cell, collision_force_n=150.0, collision_torque_nm=100.0) as driving:
+        driving.moving()
+        cell.inject("pull", force_n=[0.0, -70.0, 60.0])
+        driving.ends(State.FAULT, row, "pulled with 92 N", 0.2, "limit breach: force_n")
+        cell.inject("pull", force_n=[0.0, 0.0, 0.0])
+        driving.wait_s(0.3)  # what was measured of it fades
+        driving.recovers(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SAFETY_REJECTED", "safety"),
+        slow("SINGULAR_START", "singular"),
+        slow("NOT_POSSIBLE", "not possible"),
+        slow("INVALID_ARGUMENT", "out of range"),
+    ],
+)
+def test_a_motion_that_the_robot_refuses_latches(driving, row, name, words):
+    driving.is_quiet = True
+    driving.arm.home().result(PATIENCE_S)  # ends the session: the next action begins another
+    driving.cell.inject("move_status", name=name)
+    driving.is_quiet = False
+    driving.ends(State.FAULT, row, f"motion refused: {name.lower()}", 0.5, words)
+    driving.recovers(row)
 
 
 @pytest.mark.slow  # test_arm.py has one that always runs

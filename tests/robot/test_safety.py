@@ -143,6 +143,17 @@ def test_forces_and_torques_over_the_threshold(wrench, limit):
     assert safety.limit_wrench(np.full(6, np.nan), LIMITS) is not None
 
 
+@pytest.mark.parametrize(
+    ("away_m", "turned_rad", "limit"), [(0.099, 0.49, None), (0.101, 0.0, "lag_m"), (0.0, 0.51, "lag_rad")]
+)
+def test_an_arm_that_is_not_where_it_was_sent(away_m, turned_rad, limit):
+    T_sent = pose.pose(np.array([0.4, 0.1, 0.3]), pose.matrix_from_rpy([0.1, 0.2, 0.3]))
+    T_tcp = pose.pose(T_sent[:3, 3] + [0, away_m, 0], T_sent[:3, :3] @ pose.matrix_from_rpy([0, turned_rad, 0]))
+    clip = safety.limit_lag(T_tcp, T_sent, LIMITS)
+    assert (clip.limit if clip else None) == limit
+    assert safety.limit_lag(np.full((4, 4), np.nan), T_sent, LIMITS) is not None
+
+
 def test_an_input_is_lost_when_it_falls_silent_or_says_no():
     switch = safety.LiveInput("dead-man released", 0.3)
     assert switch.is_lost(10.0)  # nobody has pressed it yet

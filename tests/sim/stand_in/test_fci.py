@@ -10,6 +10,7 @@ import pytest
 from bridge.pose import matrix_from_rpy, pose
 from sim.stand_in.client import CellClient
 from sim.stand_in.errors import CellGone
+from tests.robot.cell import wait_for
 from tests.sim.stand_in.conftest import RunningCell, start_cell
 
 HOME = [0.0, -0.2754, 0.0, -2.5895, 0.0, 2.3141, 0.785398]
@@ -74,6 +75,17 @@ def test_impedance_tracker_follows(robot):
             tracker.set_target(franky.Affine(goal))
         np.testing.assert_allclose(np.array(robot.state.O_T_EE.matrix)[:3, 3], goal[:3, 3], atol=2e-3)
     go(robot, T)  # position control takes over without a jump
+
+
+def test_a_pull_is_felt_as_it_is_and_fades(robot, cell):
+    cell.client.inject("pull", force_n=[3.0, -9.0, 6.0])
+    felt = lambda: np.array(robot.state.O_F_ext_hat_K)  # noqa: E731
+    wait_for(lambda: np.linalg.norm(felt()[:3] - [-3.0, 9.0, -6.0]) < 0.3, 10, "the force that answers it")
+    assert np.abs(felt()[3:]).max() < 0.3  # it acts on the TCP: no torque about it
+    cell.client.inject("pull", force_n=[0.0, 0.0, 0.0])
+    wait_for(lambda: not felt().any(), 10, "nothing felt")
+    with pytest.raises(ValueError, match="three finite numbers"):
+        cell.client.inject("pull", force_n=[1.0])
 
 
 def test_reflex_ends_the_motion_until_recovery(robot, cell):
