@@ -30,26 +30,26 @@ class ClientLink:
         """`answer(command, id, body)` what came, or `gone()` when the client has left; then take a new one."""
         if not self._poll.poll(0):
             return
-        try:
-            for command, request_id, body in self._requests():
-                answer(command, request_id, body)
-        except ConnectionError:
-            gone()
-        self._accept()
-
-    def _accept(self) -> None:
-        """Take a new client, or hang up on it at once while there is another: left waiting, it would hang for ever."""
+        self._hear(answer, gone)
         try:
             newcomer, _ = self._listener.accept()
         except BlockingIOError:
             return
+        self._hear(answer, gone)  # the last client may have left just before this one came
         if self._client is not None:
-            newcomer.close()
+            newcomer.close()  # at once: left waiting, it would hang for ever
             return
         newcomer.setblocking(False)
         newcomer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._poll.register(newcomer, select.POLLIN)
         self._client = newcomer
+
+    def _hear(self, answer: Callable[[int, int, bytes], None], gone: Callable[[], None]) -> None:
+        try:
+            for command, request_id, body in self._requests():
+                answer(command, request_id, body)
+        except ConnectionError:
+            gone()
 
     def _requests(self) -> list[tuple[int, int, bytes]]:
         """(command, id, body) of each complete request. Raises ConnectionError when the client has gone."""
