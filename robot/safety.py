@@ -70,11 +70,11 @@ class SafetyLimits:
         default=40.0, metadata={"about": "a larger external torque on the TCP is a fault (Nm)", "range": (0.5, 100.0)}
     )
     max_lag_m: float = field(
-        default=0.1,
+        default=0.2,
         metadata={"about": "an arm so far from the pose it was sent is a fault (m)", "range": (0.01, 0.5)},
     )
     max_lag_rad: float = field(
-        default=0.5,
+        default=0.8,
         metadata={"about": "an arm turned so far from the pose that it was sent is a fault", "range": (0.05, 2.0)},
     )
     workspace_lower_m: list[float] = field(

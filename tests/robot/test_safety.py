@@ -144,7 +144,7 @@ def test_forces_and_torques_over_the_threshold(wrench, limit):
 
 
 @pytest.mark.parametrize(
-    ("away_m", "turned_rad", "limit"), [(0.099, 0.49, None), (0.101, 0.0, "lag_m"), (0.0, 0.51, "lag_rad")]
+    ("away_m", "turned_rad", "limit"), [(0.199, 0.79, None), (0.201, 0.0, "lag_m"), (0.0, 0.81, "lag_rad")]
 )
 def test_an_arm_that_is_not_where_it_was_sent(away_m, turned_rad, limit):
     T_sent = pose.pose(np.array([0.4, 0.1, 0.3]), pose.matrix_from_rpy([0.1, 0.2, 0.3]))
