@@ -96,7 +96,7 @@ class RuntimeConfig:
     picture_coding: str = setting("raw", "how pictures travel: raw, or jpeg or png on slow links")
     resize_pictures: bool = setting(False, "prepare pictures at the policy's size before they are sent")
     instruction: str = setting("", "what to do; empty: the first instruction of the embodiment contract")
-    realtime: bool = setting(False, "put the node under SCHED_RR, before all ordinary work, where that is permitted")
+    realtime: bool = setting(True, "put the node under SCHED_RR, before all ordinary work, where that is permitted")
     autostart: bool = setting(False, "start the policy without waiting for the service `start`")
     num_action_chunks: int = setting(5, "how many actions of a chunk are executed", (1, 100))
     prefetch_ticks: int = setting(1, "ask for the next chunk when this many actions are left", (0, 20))

@@ -68,3 +68,27 @@ def test_a_message_that_came_too_early_makes_no_sleep_a_spin(node, monkeypatch):
 def test_all_threads_go_first_where_that_is_permitted():
     result = subprocess.run([sys.executable, "-c", CLASSES], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.split() in (["True", "{True}"], ["False", "{False}"])
+
+
+RESTLESS = """
+import os, threading
+from robot import spin
+spin.LOOKS = 1
+may = spin.go_first()
+first = lambda: os.sched_getscheduler(0) == os.SCHED_RR
+def turn():
+    while first():
+        pass
+threads = [threading.Thread(target=turn) for _ in range(2)]  # they hand each other the interpreter's lock
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(may, first(), threading.active_count())
+"""
+
+
+def test_who_goes_first_and_leaves_no_room_goes_back():
+    result = subprocess.run([sys.executable, "-c", RESTLESS], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.split()[1:] == ["False", "1"]
+    assert ("goes first no more" in result.stderr) == result.stdout.startswith("True")
