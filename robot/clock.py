@@ -52,12 +52,14 @@ class RobotClock:
     def sleep_until(self, until_ns: int, closing: threading.Event) -> bool:
         """False when `closing` was set before that time. Short sleeps, because simulated time may stop; and a message
         that brings the time ends them, because it may leap."""
-        self._wanted_ns = until_ns
+        self._wanted_ns, before_ns = until_ns, -1
         self._reached.clear()
-        while (left_ns := until_ns - self.now_ns()) > 0 and not closing.is_set():
+        while (left_ns := until_ns - (now_ns := self.now_ns())) > 0 and not closing.is_set():
             left_s = left_ns * 1e-9 / max(0.05, self.pace)
             if self._simulated:
-                self._reached.wait(min(left_s, SLEEP_S))
+                # However little is left: while time stands still, or has not begun, only a message brings it on.
+                self._reached.wait(SLEEP_S if now_ns == before_ns else min(left_s, SLEEP_S))
+                before_ns = now_ns
                 self._reached.clear()  # else a message that came too early for this time would make the wait a spin
             else:
                 closing.wait(left_s)

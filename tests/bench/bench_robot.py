@@ -104,7 +104,7 @@ class Listener(Watcher):
         future = client.call_async(SetBool.Request(data=True))
         self.wait(future.done, "an answer of save_episode")
         if not future.result().success:
-            raise RuntimeError(future.result().message)
+            raise RuntimeError(f"{future.result().message}: {self.graph._out.getvalue()[-3000:]}")
         return json.loads(future.result().message)
 
 

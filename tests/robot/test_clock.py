@@ -65,6 +65,25 @@ def test_a_message_that_came_too_early_makes_no_sleep_a_spin(node, monkeypatch):
     assert not sleeper.is_alive()
 
 
+@pytest.mark.parametrize("began", [False, True])
+def test_time_that_has_not_begun_or_stands_still_makes_no_sleep_a_spin(node, monkeypatch, began):
+    monkeypatch.setattr(clock, "SLEEP_S", 3600.0)
+    robot_clock, closing, looks = clock.RobotClock(node), threading.Event(), []
+    if began:
+        node.get_clock().set_ros_time_override(Time(nanoseconds=S))
+    now_ns = robot_clock.now_ns
+    monkeypatch.setattr(robot_clock, "now_ns", lambda: looks.append(1) or now_ns())
+    until_ns = S + clock.MAX_AHEAD_NS + 1 if began else 1  # a nanosecond after where time stops
+    sleeper = threading.Thread(target=robot_clock.sleep_until, args=(until_ns, closing), daemon=True)
+    sleeper.start()
+    sleeper.join(0.2)
+    assert sleeper.is_alive()
+    assert len(looks) <= 10
+    node.get_clock().set_ros_time_override(Time(nanoseconds=2 * S))
+    sleeper.join(10.0)
+    assert not sleeper.is_alive()
+
+
 def test_all_threads_go_first_where_that_is_permitted():
     result = subprocess.run([sys.executable, "-c", CLASSES], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.split() in (["True", "{True}"], ["False", "{False}"])
