@@ -152,7 +152,7 @@ class Aligner:
             slot, next_ns = self._slots[0], self._slots[1].stamp_ns
             if missing := self._missing(slot.stamp_ns, next_ns):
                 if self._newest_ns - slot.stamp_ns > self.config.max_lag_s * 1e9:
-                    raise RecordingBroken(f"no {missing} for more than {self.config.max_lag_s} s")
+                    raise RecordingBroken(f"no {missing} for more than {self.config.max_lag_s} s ({self._ages()})")
                 return
             yield from self._emit(next_ns)
 
@@ -175,6 +175,12 @@ class Aligner:
         for step in range(1, steps):
             lost_ns = self._newest_ns + gap_ns * step // steps
             self._slots.append(_Slot(lost_ns, self._last_picture, repeated=True))
+
+    def _ages(self) -> str:
+        """How far each stream is behind the newest picture."""
+        newest = {name: track.newest_ns for name, track in self._tracks.items()}
+        newest |= {name: frames[-1][0] for name, frames in self._frames.items() if frames}
+        return ", ".join(f"{name} {(self._newest_ns - ns) * 1e-9:.2f} s behind" for name, ns in newest.items())
 
     def _missing(self, stamp_ns: int, next_ns: int) -> str:
         """Which stream a row still waits for; empty when it is complete."""
