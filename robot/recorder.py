@@ -132,6 +132,11 @@ class Aligner:
         self._end_ns = max(track.newest_ns for track in self._tracks.values())
 
     @property
+    def unheard(self) -> list[str]:
+        """Streams of which no sample has ever come."""
+        return [name for name, track in self._tracks.items() if not track.stamps_ns]
+
+    @property
     def lag_ns(self) -> int:
         """How far pictures are behind the episode's end, or behind the newest sample while it goes on."""
         if self._newest_ns < 0:

@@ -38,6 +38,7 @@ from robot.stamped import matrix_of, stamp_ns, stamp_ns_of_raw
 
 STATUS_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.05
+FIND_S = 5.0  # nodes that have just started find each other one by one
 CATCH_UP_S = 10.0  # how long `save_episode` waits for pictures that are under way
 QUEUE = 60  # messages of each topic that may wait, two seconds of pictures: a busy machine must not cost a row
 
@@ -82,8 +83,8 @@ class RecorderNode(Node):
         self._subscribe(JointState, "teleop/action", lambda m: self.recorder.aligner.teleop(stamp_ns(m)))
         for camera in self.embodiment.cameras:
             self._subscribe(Image, f"{camera}/image_raw", lambda m, c=camera: self._on_image(c, m), raw=True)
-        self.create_service(Trigger, "start_episode", self._on_start)
-        # Of its own group: while it waits for pictures under way, all others must go on.
+        # Of groups of their own: while they wait for what is under way, all others must go on.
+        self.create_service(Trigger, "start_episode", self._on_start, callback_group=ReentrantCallbackGroup())
         self.create_service(SetBool, "save_episode", self._on_save, callback_group=ReentrantCallbackGroup())
         self.create_service(Trigger, "discard_episode", self._on_discard)
         self._status = self.create_publisher(DiagnosticStatus, "recorder_status", QoSProfile(depth=10))
@@ -91,6 +92,7 @@ class RecorderNode(Node):
         self.create_timer(STATUS_PERIOD_S, lambda: self._status.publish(self._figures()), clock=steady)
         self.diagnostics = Diagnostics(self, lambda: [self._figures()])
         self._caught_up: tuple[Future, float] | None = None  # what `save_episode` waits for, and until when (steady s)
+        self._all_heard: tuple[Future, float] | None = None  # the same of `start_episode`
         self.create_timer(LOOK_PERIOD_S, self._look, clock=steady)
 
     def close(self) -> None:
@@ -129,8 +131,15 @@ class RecorderNode(Node):
         if self.recorder.recording:  # between episodes pictures are not even unpacked
             self.recorder.image(camera, stamp_ns_of_raw(raw), picture_of_raw(raw))
 
-    def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+    async def _on_start(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        aligner = self.recorder.aligner
+        if aligner.unheard and not self.recorder.recording and self._all_heard is None:
+            ready = Future()
+            self._all_heard = ready, time.monotonic() + FIND_S
+            await ready
         with self._answering(response):
+            if aligner.unheard:  # a publisher that was not found yet would break the episode two seconds later
+                raise ValueError(f"no {', '.join(aligner.unheard)} in {FIND_S} s: does the arm's node run?")
             response.message = self.recorder.start(self.instruction)
             self._cpu_s = time.process_time()
         return response
@@ -155,11 +164,12 @@ class RecorderNode(Node):
         return response
 
     def _look(self) -> None:
-        if self._caught_up is not None:
-            ready, until_s = self._caught_up
-            if self.recorder.caught_up or time.monotonic() > until_s:
-                self._caught_up = None
-                ready.set_result(None)
+        if self._caught_up is not None and (self.recorder.caught_up or time.monotonic() > self._caught_up[1]):
+            (ready, _), self._caught_up = self._caught_up, None
+            ready.set_result(None)
+        if self._all_heard is not None and (not self.recorder.aligner.unheard or time.monotonic() > self._all_heard[1]):
+            (ready, _), self._all_heard = self._all_heard, None
+            ready.set_result(None)
 
     def _deliver(self, folder: Path) -> str:
         """Into the data set, or into the sender's spool; where it is safe the recording may go."""

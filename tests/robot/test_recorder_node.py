@@ -124,12 +124,28 @@ def wait_for_streams(cell: Cell) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # it waits as long as the recorder does
+def test_no_episode_starts_without_its_streams(ros, settings):
+    make_cell, start = ros
+    start(**settings)
+    cell = make_cell()
+    answer = cell.call(Trigger, "start_episode")
+    assert not answer.success
+    assert "no tcp_pose, target_pose, requested_pose, opening, gripper in 5.0 s" in answer.message
+
+
 def test_episodes_survive_kill_9(ros, settings):
     make_cell, start = ros
     process, cell = start(**settings), make_cell()
     wait_for_streams(cell)
+    client = cell.node.create_client(Trigger, "start_episode")
+    assert client.wait_for_service(LIMIT_S)
+    started = client.call_async(Trigger.Request())
+    cell.executor.spin_once(timeout_sec=0.3)
+    assert not started.done()  # it waits until all streams are heard
     cell.run(6)
-    assert cell.call(Trigger, "start_episode").success
+    cell.executor.spin_until_future_complete(started, LIMIT_S)
+    assert started.result().success
     cell.run(30)
     first_tick = cell.tick
     assert not cell.call(Trigger, "start_episode").success
