@@ -109,6 +109,18 @@ class Driving:
             gone_s += 1e-9 * (now_ns - last_ns) if now_ns != last_ns else 0.01
             last_ns = now_ns
 
+    def drift_at_rest_m(self) -> float:
+        """The way of the TCP in 0.25 s of the arm's time after it has braked, which must be in 2.4 s (most of that is
+        for a busy machine, on which the driver's thread comes late while the arm's time goes on)."""
+        self.wait_s(0.4)
+        for _ in range(8):
+            rest_m = self.tcp_m()
+            self.wait_s(0.25)
+            drift_m = float(np.linalg.norm(self.tcp_m() - rest_m))
+            if drift_m < STILL_M:
+                return drift_m
+        raise AssertionError(f"the arm still moves by {1e3 * drift_m:.1f} mm in 0.25 s")
+
     def ends(self, state: State, row: dict, fault: str, deadline_s: float, words: str = "", layer: str = "arm") -> None:
         """Wait for the state, see the arm stand still in it while actions go on, and note it."""
         began_s = time.monotonic()
@@ -119,11 +131,7 @@ class Driving:
 
         wait_for(has_ended, PATIENCE_S, f"{state} for {words!r} after {fault}, not {self.arm.snapshot().reason!r}")
         took_s, snapshot = time.monotonic() - began_s, self.arm.snapshot()
-        self.wait_s(0.4)  # brakes
-        rest_m = self.tcp_m()
-        self.wait_s(0.25)
-        drift_m = float(np.linalg.norm(self.tcp_m() - rest_m))
-        assert drift_m < STILL_M
+        drift_m = self.drift_at_rest_m()
         if state is State.FAULT:
             assert self.arm.snapshot().state is State.FAULT  # nothing clears it by itself, however many actions come
         row.update(layer=layer, fault=fault, ends_in=str(state), reason=snapshot.reason, deadline_s=deadline_s)
