@@ -5,6 +5,7 @@ Every program is required: when one ends, all others are stopped and its exit co
 """
 
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from robot.launch_file import Process, arguments, processes
@@ -19,6 +22,8 @@ from robot.launch_file import Process, arguments, processes
 STOP_PATIENCE_S = ((signal.SIGINT, 6.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 2.0))
 USAGE = "usage: cotwin up FILE [arg:=value ...] [--show-args]"
 PR_SET_PDEATHSIG = 1
+SHARED_MEMORY = Path("/dev/shm")
+YOUNG_S = 60.0  # a node that is about to start has made its files, and may not hold them yet
 
 _libc = ctypes.CDLL(None)
 
@@ -49,6 +54,7 @@ class Graph:
         self.stop()
 
     def start(self) -> None:
+        clear_shared_memory()
         try:
             for process in self.processes:
                 self._start(process)
@@ -122,6 +128,17 @@ class Graph:
         for line in child.stdout:
             with self._lock:
                 print(f"[{name}] {line.rstrip()}", file=self._out, flush=True)
+
+
+def clear_shared_memory() -> None:
+    """Remove what killed nodes left: 64 MB each (fastdds.xml), which Fast DDS never clears by itself. A node that lives
+    holds the lock of its segment, which `fastdds shm clean` goes by as well."""
+    for lock in SHARED_MEMORY.glob("fastdds_" + "[0-9a-f]" * 16 + "_el"):
+        with suppress(OSError), open(lock) as file:  # held by its owner, another user's, or just removed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - lock.stat().st_mtime > YOUNG_S:
+                lock.with_name(lock.name.removesuffix("_el")).unlink(missing_ok=True)
+                lock.unlink()
 
 
 def _die_with_parent() -> None:

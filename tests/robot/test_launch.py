@@ -1,5 +1,6 @@
 """Launch files against the documented schema of ROS 2's YAML frontend, and `cotwin up` against real processes."""
 
+import fcntl
 import io
 import os
 import signal
@@ -228,6 +229,23 @@ def test_respawn_starts_it_again_and_does_not_count_as_ended(tmp_path):
     file = write(tmp_path, python(f"open('{count}','a').write('x')", "often", respawn=True), python(SLEEPER, "first"))
     with Graph(file, out=io.StringIO()) as graph:
         wait_until(lambda: not graph.ended() and count.exists() and len(count.read_text()) >= 2)
+
+
+def test_what_killed_nodes_left_in_shared_memory_is_cleared_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(up, "SHARED_MEMORY", tmp_path)
+    dead, alive, young = (tmp_path / f"fastdds_{16 * digit}" for digit in "0af")
+    for segment in (dead, alive, young):
+        lock = segment.with_name(segment.name + "_el")
+        segment.write_bytes(b"pictures"), lock.touch()
+        if segment is not young:
+            os.utime(lock, (time.time() - 100, time.time() - 100))
+    with open(f"{alive}_el") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with Graph(write(tmp_path, python("pass", "first")), out=io.StringIO()) as graph:
+            graph.wait()
+    assert sorted(path.name for path in tmp_path.glob("fastdds*")) == sorted(
+        f"{segment.name}{end}" for segment in (alive, young) for end in ("", "_el")
+    )
 
 
 def test_a_program_that_does_not_exist_is_named(tmp_path):
