@@ -75,13 +75,6 @@ class Shadow:
         with self._wake:
             self._candidate, self._job = candidate, None
 
-    def promote(self) -> None:
-        """From the next batch on the candidate answers, and nothing runs in the shadow."""
-        with self._wake:
-            if self._candidate is None:
-                raise ValueError("no candidate is being watched")
-            self._infer, self._candidate, self._job = self._candidate, None, None
-
     def close(self) -> None:
         with self._wake:
             self._stopped = True
