@@ -77,12 +77,14 @@ def report(trials: list[dict[str, Any]]) -> dict[str, Any]:
 
 def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
     """Figures of all trials. Percentiles are over all their ticks and chunks. The rate is of the newest policy version:
-    faults are not part of it, nor are trials in which (or before which) the checkpoint was swapped."""
+    faults are not part of it, nor are trials in which (or before which) the checkpoint was swapped. What it would be
+    if each fault were a failure stands beside it: a policy that presses until the arm faults has failed."""
     newest = max((version for trial in trials for version in trial["policy_versions"]), default=None)
     handovers = [trial for trial in trials if not trial["fault"] and set(trial["policy_versions"]) - {newest}]
     counted = [trial for trial in trials if not trial["fault"] and trial not in handovers]
     successes = sum(trial["success"] for trial in counted)
     low, high = wilson_interval(successes, len(counted))
+    faults = sum(bool(trial["fault"]) for trial in trials)
     versions = [version for trial in trials for version in trial["policy_versions"]]
     figures: dict[str, Any] = {
         "successes": successes,
@@ -90,7 +92,8 @@ def summarise(trials: list[dict[str, Any]]) -> dict[str, Any]:
         "success_rate": round(successes / len(counted), 4) if counted else 0.0,
         "wilson_low": round(low, 4),
         "wilson_high": round(high, 4),
-        "faults": sum(bool(trial["fault"]) for trial in trials),
+        "faults": faults,
+        "success_rate_faults_failed": round(successes / max(1, len(counted) + faults), 4),
         "handover_trials": len(handovers),
         "holds": sum(trial.get("holds", 0) for trial in trials),
     }

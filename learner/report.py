@@ -92,7 +92,9 @@ def summary(run: Run) -> list[tuple[str, str]]:
     add("twin speed in Stage II", "{:.0f} env steps/s", f("train", "env_steps_per_s"))
     for stage, label in SUCCESS_STAGES.items():
         keys = ("successes", "trials", "wilson_low", "wilson_high")
-        add(label, "{} of {} (95 % interval {:.0%} to {:.0%})", *(f(stage, key) for key in keys))
+        faults = f(stage, "faults")
+        more = f"; besides, {faults} ended in faults" if faults else ""
+        add(label, "{} of {} (95 % interval {:.0%} to {:.0%})" + more, *(f(stage, key) for key in keys))
     stage = "eval_after"
     add(
         "chunk latency p50 / p99",

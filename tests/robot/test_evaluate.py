@@ -84,6 +84,7 @@ def test_figures_of_trials():
     trials.append(trial(10, False, 2, [110.0] * 10, [5.0] * 100, fault="reflex"))
     figures = summarise(trials)
     assert (figures["successes"], figures["trials"], figures["faults"]) == (8, 10, 1)
+    assert (figures["success_rate"], figures["success_rate_faults_failed"]) == (0.8, round(8 / 11, 4))
     assert (figures["wilson_low"], figures["wilson_high"]) == (0.4902, 0.9433)
     assert (figures["policy_version_before"], figures["policy_version_after"]) == (2, 2)
     # 10 of 1000 latencies are 110 ms, so the 99th percentile, 99 % of the way along 1000 sorted values, is still 10.
