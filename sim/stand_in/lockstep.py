@@ -1,7 +1,7 @@
 """The stand-in cell an episode at a time in this process, as fast as it goes: for a thousand trials, not for the robot.
 
 Scene, physics, hand, cameras and inverse kinematics are the cell's own. What is left out: the robot's protocol, the
-ROS graph, and the time that a policy takes to answer. A delay stands for the motion generator in between.
+ROS graph, and the time that a policy takes to answer. In between the arm is moved by plans like the robot side's.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 from bridge import pose
 from bridge.embodiment import Embodiment
 from bridge.pictures import area_resize
+from sim.arm_plans import ArmPlans
 from sim.stand_in.config import CellConfig
 from sim.stand_in.gripper import MOVE_FORCE_N, SQUEEZE_M
 from sim.stand_in.kinematics import ArmKinematics
@@ -19,9 +20,7 @@ from sim.stand_in.scene import PictureMaker
 from sim.stand_in.world import Drive, World
 
 STEP_S = 0.001
-# How the arm trails its target, fitted to the cell behind its protocol: by the stream's delay, and by the way that it
-# takes to stop, for each plan of the stream ends at rest. At 0.03 m/s by 42 ms, at 0.1 by 54, at 0.23 by 77.
-TRAIL_S, STOP_M_S2, STOP_RAD_S2 = 0.037, 2.9, 8.2
+SOLVED_TICKS = 10  # between two solutions the joints' target goes straight
 GRIPPER_SPEED_M_S = 0.1
 MIN_GRIPPER_COMMAND = 0.1  # smaller ones change nothing, as on the robot
 
@@ -57,7 +56,7 @@ class LockStepCell:
         self.rest_height_m = config.bodies.cube_side_m / 2
         self._lower_m, self._upper_m = np.array(workspace_m[0]), np.array(workspace_m[1])
         self._world = World(config, embodiment)
-        self._kinematics = ArmKinematics()
+        self._kinematics, self._plans = ArmKinematics(), ArmPlans()
         self._maker: PictureMaker | None = None  # when somebody asks for a picture
         self._ticks = round(1.0 / (embodiment.policy_rate_hz * STEP_S))
         self.seed, self.steps, self.ended = -1, 0, True
@@ -76,10 +75,10 @@ class LockStepCell:
         world.set_hand_force(MOVE_FORCE_N)
         world.q[:], world.fingers_m[:] = home, e.gripper_open_m / 2
         world.reset(seed, force=True)
-        self._q_d, self._dq_d = home.copy(), np.zeros(7)
+        self._q_target = home.copy()
+        self._plans.hold(home)
         pos_m, R = self._kinematics.forward(home)
         self.T_base_target = pose.pose(pos_m, R)
-        self._T_trail = self._T_sent = self.T_base_target
         self._goal_width_m = world.width_target[0] = e.gripper_open_m
         self.seed, self.steps, self.ended = seed, 0, False
         self.facts = self._facts()
@@ -102,12 +101,15 @@ class LockStepCell:
         T[:3, 3] = np.clip(T[:3, 3], lower, upper)
         self.T_base_target = T
         self._command_hand(float(action[6]))
-        turns = bool(action[3:6].any()) or pose.rotation_angle(self._T_trail[:3, :3].T @ T[:3, :3]) > 1e-6
-        for tick in range(1, self._ticks + 1):
-            share = tick / self._ticks
-            path = pose.interpolate(T_from, T, share) if turns else _shifted(T, T_from, share)
-            self._T_trail = _towards(self._T_trail, path, STEP_S / TRAIL_S, turns)
-            self._T_sent = _towards(self._T_sent, self._T_trail, _stoppable(self._T_sent, self._T_trail, turns), turns)
+        for tick in range(self._ticks):
+            if tick % SOLVED_TICKS == 0:
+                q_from, until = self._q_target.copy(), min(tick + SOLVED_TICKS, self._ticks)
+                path = pose.interpolate(T_from, T, until / self._ticks)
+                for _ in range(2):
+                    self._kinematics.solve(self._q_target, path[:3, 3], path[:3, :3], None)
+                q_step = (self._q_target - q_from) / (until - tick)
+            q_from = q_from + q_step
+            self._plans.follow(q_from, STEP_S)
             self._tick()
         return self._facts()
 
@@ -138,10 +140,8 @@ class LockStepCell:
             self._world.width_target[0] = self._world.width_m
 
     def _tick(self) -> None:
-        world, q_before, dq_before = self._world, self._q_d.copy(), self._dq_d
-        self._kinematics.solve(self._q_d, self._T_sent[:3, 3], self._T_sent[:3, :3], None)
-        self._dq_d = (self._q_d - q_before) / STEP_S
-        world.follow(self._q_d, self._dq_d, (self._dq_d - dq_before) / STEP_S)
+        world, plans = self._world, self._plans
+        world.follow(np.array(plans.q_rad), np.array(plans.dq_rad_s), np.array(plans.ddq_rad_s2))
         target, step_m = world.width_target, GRIPPER_SPEED_M_S * STEP_S
         target[0] += min(max(self._goal_width_m - target[0], -step_m), step_m)
         world.step()
@@ -158,23 +158,3 @@ class LockStepCell:
             goal_pos_m=poses["plate"][:3, 3].copy(),
             success=world.success(),
         )
-
-
-def _shifted(T: np.ndarray, T_from: np.ndarray, share: float) -> np.ndarray:
-    path = T.copy()
-    path[:3, 3] = (1 - share) * T_from[:3, 3] + share * T[:3, 3]
-    return path
-
-
-def _stoppable(T_now: np.ndarray, T_goal: np.ndarray, turns: bool) -> float:
-    """The share of the way to a goal that goes by in a step at the speed from which an arm can just stop there."""
-    left = [float(np.linalg.norm(T_goal[:3, 3] - T_now[:3, 3])) / STOP_M_S2]
-    if turns:
-        left.append(float(pose.rotation_angle(T_now[:3, :3].T @ T_goal[:3, :3])) / STOP_RAD_S2)
-    return min(1.0, STEP_S * np.sqrt(2 / max(*left, 1e-12)))
-
-
-def _towards(T_now: np.ndarray, T_goal: np.ndarray, share: float, turns: bool) -> np.ndarray:
-    if turns:
-        return pose.interpolate(T_now, T_goal, share)
-    return _shifted(T_goal, T_now, share)

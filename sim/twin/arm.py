@@ -20,6 +20,7 @@ from mani_skill.agents.registration import register_agent
 from mani_skill.agents.robots.panda.panda import Panda
 
 from bridge import pose
+from sim.arm_plans import ArmPlans
 
 URDF = f"{PACKAGE_ASSET_DIR}/robots/panda/panda_v2.urdf"
 CONTROL_MODE = "pd_ee_target_delta_pose"
@@ -72,16 +73,22 @@ class TargetDeltaPoseController(PDJointPosController):
     """Six numbers of the contract's action, counted from the last commanded target (`bridge.pose.integrate`).
 
     As on the arm, the target moves evenly over the policy period instead of jumping. One scene at a time (CPU physics).
-    `T_base_target` [4, 4] is the commanded TCP pose; the joints follow `delay_steps` physics steps late.
+    `T_base_target` [4, 4] is the commanded TCP pose; the joints follow `delay_steps` physics steps late, by the arm's
+    `plans`, or where there are none straight away.
     """
 
     config: "TargetDeltaPoseControllerConfig"
     delay_steps = 0
+    plans: ArmPlans | None = None
 
     def _initialize_joints(self):
         super()._initialize_joints()
         self.kinematics = ArmKinematics()
         self._drives = [joint._objs[0].set_drive_target for joint in self.joints]
+        self._speeds = [joint._objs[0].set_drive_velocity_target for joint in self.joints]
+        self._step_s = self.articulation.px.timestep
+        if self.config.acceleration_rad_s2:
+            self.plans = ArmPlans(self.config.acceleration_rad_s2)
         self._limit = np.repeat([self.config.max_translation_m, self.config.max_rotation_rad], 3)
         self._lower_m, self._upper_m = np.array(self.config.workspace_lower_m), np.array(self.config.workspace_upper_m)
 
@@ -97,8 +104,12 @@ class TargetDeltaPoseController(PDJointPosController):
         """Take joint angles [7] as what was commanded last."""
         self.q_target = np.array(q, dtype=np.float64)
         self.T_base_target = self.kinematics.forward(self.q_target)
-        self._path = deque([self.q_target.tolist()] * self.delay_steps)
-        self._drive(self.q_target.tolist())
+        self._path = deque([self.q_target] * self.delay_steps)
+        self._q_goal = self.q_target
+        if self.plans is not None:
+            self.plans.hold(self.q_target)
+            self._set(self._speeds, self.plans.dq_rad_s)
+        self._set(self._drives, self.q_target.tolist())
 
     def set_action(self, action: torch.Tensor):
         self.move_target(action[0].cpu().numpy())
@@ -117,15 +128,21 @@ class TargetDeltaPoseController(PDJointPosController):
             change = q_next - q_start
             self.q_target = q_start + change / max(1.0, np.abs(change).max() / MAX_JOINT_STEP_RAD)
         share = np.arange(1, self._sim_steps + 1)[:, None] / self._sim_steps
-        self._path.extend((q_start + share * (self.q_target - q_start)).tolist())
+        self._path.extend(q_start + share * (self.q_target - q_start))
 
     def before_simulation_step(self):
         if self._path:
-            self._drive(self._path.popleft())
+            self._q_goal = self._path.popleft()
+            if self.plans is None:
+                self._set(self._drives, self._q_goal.tolist())
+        if self.plans is not None:
+            self.plans.follow(self._q_goal, self._step_s)
+            self._set(self._drives, self.plans.q_rad)
+            self._set(self._speeds, self.plans.dq_rad_s)
 
-    def _drive(self, q: list[float]) -> None:
-        for set_drive_target, angle in zip(self._drives, q, strict=True):
-            set_drive_target(angle)
+    def _set(self, setters: list, values: list[float]) -> None:
+        for setter, value in zip(setters, values, strict=True):
+            setter(value)
 
     def get_state(self) -> dict:
         return {}
@@ -133,6 +150,7 @@ class TargetDeltaPoseController(PDJointPosController):
 
 @dataclass
 class TargetDeltaPoseControllerConfig(PDJointPosControllerConfig):
+    acceleration_rad_s2: float = 0.0  # of plans; 0: none
     max_translation_m: float = 0.1
     max_rotation_rad: float = 0.1
     workspace_lower_m: Sequence[float] = (-np.inf,) * 3
@@ -203,6 +221,7 @@ class TwinPanda(Panda):
 
     uid = "twin_panda"
     urdf_path = URDF
+    arm_acceleration_rad_s2 = 0.0
     gripper_speed_m_s = 0.1
     gripper_range_m = (0.0, 0.08)
     max_translation_m = max_rotation_rad = 0.1
@@ -222,6 +241,7 @@ class TwinPanda(Panda):
             damping=self.arm_damping,
             force_limit=self.arm_force_limit,
             normalize_action=False,
+            acceleration_rad_s2=self.arm_acceleration_rad_s2,
             max_translation_m=self.max_translation_m,
             max_rotation_rad=self.max_rotation_rad,
             workspace_lower_m=self.workspace_m[0],

@@ -3,7 +3,7 @@
 cotwin twin selfcheck                      step and draw every task once, by every renderer that runs here
 cotwin twin replay root=DATA               recorded episodes in the twin: how far its TCP strays, how near its pictures
                                            are, whether it succeeds too; numbers, a plot and films of both
-cotwin twin fit-dynamics root=DATA         stiffness, damping and latency that stray least, tried on other episodes
+cotwin twin fit-dynamics root=DATA         how the arm follows and how late: what strays least, tried on other episodes
 cotwin twin capture|fit|bind|check         photograph a cell, fit splats to it, cut them, check them (each: --help)
 """
 
@@ -169,7 +169,7 @@ def fit_dynamics(config: TwinCommandConfig) -> int:
     figures = fitted(_twin(config, store), found[: config.episodes], found[config.episodes :])
     out = Path(config.out) if config.out else config.run / "twin_fit" / "dynamics.yaml"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(yaml.safe_dump({key: figures[key] for key in ("arm_stiffness", "arm_damping", "latency_s")}))
+    out.write_text(yaml.safe_dump({key: value for key, value in figures.items() if hasattr(config.twin, key)}))
     write_stage(config.run, "twin_fit", time.monotonic() - started_s, figures, {"dynamics": out})
     print(json.dumps(figures, indent=2))
     return 0
@@ -179,12 +179,9 @@ def fitted(twin: Twin, fit_on: list[Recording], held_out: list[Recording]) -> di
     """What the fit found, and the error before and after it on both sets; the twin keeps the fitted dynamics."""
     before_m = error_m(twin, fit_on), error_m(twin, held_out)
     best = fit(twin, fit_on)
-    twin.env.set_arm_dynamics(best.arm_stiffness, best.arm_damping, best.latency_s)
+    twin.env.set_arm_dynamics(**best.values)
     after_m = error_m(twin, held_out)
-    figures = {
-        "arm_stiffness": best.arm_stiffness,
-        "arm_damping": best.arm_damping,
-        "latency_s": best.latency_s,
+    figures = best.values | {
         "fit_error_mm_before": 1e3 * before_m[0],
         "fit_error_mm_after": 1e3 * best.error_m,
         "held_out_error_mm_before": 1e3 * before_m[1],

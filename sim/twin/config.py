@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.embodiment import Embodiment
+from sim.arm_plans import ACCELERATION_RAD_S2
 from sim.splat.config import SplatConfig
 
 TASKS = ("PutCubeOnPlate-v0", "PickPlaceTwin-v1")
@@ -15,6 +16,7 @@ PHYSICS = ("physx_cpu", "physx_cuda")
 CHOICES = {
     "task": TASKS,
     "physics": PHYSICS,
+    "arm_follows": ("plans", "drives"),
     "success": SUCCESS,
     "reward": REWARDS,
     "render": RENDER,
@@ -50,8 +52,10 @@ class TwinConfig:
     reward: str = "sparse"
     workspace_lower_m: list[float] = field(default_factory=lambda: [0.20, -0.45, 0.018])  # of the TCP target,
     workspace_upper_m: list[float] = field(default_factory=lambda: [0.75, 0.45, 0.75])  # as robot safety has
-    arm_stiffness: float = 1000.0  # with this damping it strays 2 mm from the stand-in cell's episodes (fit-dynamics)
-    arm_damping: float = 75.0  # trails its target by 0.075 s, as the cell's arm does at 0.23 m/s
+    arm_follows: str = "plans"  # as the robot side plans its motions; or drives: trails by arm_damping / arm_stiffness
+    arm_acceleration_rad_s2: float = ACCELERATION_RAD_S2  # of plans: 9.1 times the robot's dynamics_factor
+    arm_stiffness: float = 3000.0  # the FR3's own joint impedance
+    arm_damping: float = 100.0
     gripper_force: float = 60.0  # N, of each finger
     gripper_speed_m_s: float = 0.1  # of the opening
     gripper_damping: float = 40.0  # of a stiffness of 1000: trails by 0.04 s, as the stand-in cell's
@@ -91,6 +95,10 @@ class TwinConfig:
                 raise ValueError(f"{key} {getattr(self, key)}: allowed are 1 and more")
         if self.render != "sapien" and not self.splat.scene:
             raise ValueError(f"render {self.render!r} needs a scene folder: splat.scene=FOLDER (cotwin splat-scene)")
+        if self.physics == "physx_cuda" and self.arm_follows == "plans":  # which are made arm by arm
+            raise ValueError(
+                "physics physx_cuda with arm_follows 'plans': set arm_follows to drives, or physics to physx_cpu"
+            )
         if self.physics == "physx_cuda":  # one material for all, and colours that SAPIEN's batched cameras do not renew
             looks = ["light", "colour", "planks", "camera_pos_m", "camera_rot_rad"]
             fixed = ["friction", *(looks if self.render != "splat" else [])]

@@ -4,7 +4,7 @@ The twin starts where the recorded arm did, makes the recorded actions without o
 is compared with the recorded one after every policy step. A data set at a multiple of the policy rate is composed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,11 +47,10 @@ class Strayed:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """Of the arm's joints, and how late they follow. `error_m`: mean distance over the episodes fitted on."""
+    """`values` of the twin's configuration that say how the arm follows. `error_m`: mean distance over the episodes
+    fitted on."""
 
-    arm_stiffness: float
-    arm_damping: float
-    latency_s: float
+    values: dict[str, float]
     error_m: float
 
 
@@ -89,32 +88,38 @@ def error_m(twin: Twin, episodes: Sequence[Recording]) -> float:
     return float(np.concatenate([replay(twin, recording).position_m for recording in episodes]).mean())
 
 
-def fit(twin: Twin, episodes: Sequence[Recording]) -> Dynamics:
-    """Stiffness, damping and latency with the smallest `error_m`. The twin keeps its own.
+FITTED = {"plans": ("arm_acceleration_rad_s2",), "drives": ("arm_stiffness", "arm_damping")}
 
-    Latency comes in physics steps, so it is walked up while it helps; the two gains are searched for each (Nelder-Mead
-    on their logarithms, from the best so far).
+
+def fit(twin: Twin, episodes: Sequence[Recording]) -> Dynamics:
+    """How the arm follows, and how late, with the smallest `error_m`. The twin keeps its own.
+
+    Latency comes in physics steps, so it is walked up while it helps; the rest (`FITTED`) is searched for each
+    (Nelder-Mead on logarithms, from the best so far).
     """
     own, step_s = twin.env.twin, 1.0 / twin.config.sim_freq
-    start = np.log([own.arm_stiffness, own.arm_damping])
+    names = FITTED[own.arm_follows]
+    start = np.log([getattr(own, name) for name in names])
     best: Dynamics | None = None
     worse = 0
     for delay in range(round(MAX_LATENCY_S / step_s) + 1):
 
-        def strays(logs: np.ndarray, latency_s: float = delay * step_s) -> float:
-            twin.env.set_arm_dynamics(*np.exp(logs), latency_s)
+        def values(logs: np.ndarray, latency_s: float = delay * step_s) -> dict[str, float]:
+            return dict(zip(names, map(float, np.exp(logs)), strict=True)) | {"latency_s": latency_s}
+
+        def strays(logs: np.ndarray, values: Callable[[np.ndarray], dict[str, float]] = values) -> float:
+            twin.env.set_arm_dynamics(**values(logs))
             return error_m(twin, episodes)
 
-        simplex = start + np.array([[0.0, 0.0], [0.7, 0.0], [0.0, -0.7]])
+        simplex = start + np.vstack([np.zeros(len(names)), 0.7 * np.diag([1.0, -1.0][: len(names)])])
         options = {"initial_simplex": simplex, "maxfev": TRIES, "xatol": 0.02, "fatol": 1e-5}
         found = minimize(strays, start, method="Nelder-Mead", options=options)
         if best is None or found.fun < best.error_m:
-            stiffness, damping = map(float, np.exp(found.x))
-            best, start, worse = Dynamics(stiffness, damping, delay * step_s, float(found.fun)), found.x, 0
+            best, start, worse = Dynamics(values(found.x), float(found.fun)), found.x, 0
         else:
             worse += 1
         if worse == 2:
             break
-    twin.env.set_arm_dynamics(own.arm_stiffness, own.arm_damping, own.latency_s)
+    twin.env.set_arm_dynamics(latency_s=own.latency_s, **{name: getattr(own, name) for name in names})
     assert best is not None
     return best

@@ -68,6 +68,7 @@ class TwinEnv(ShownEnv):
                 f"sim_freq {self.twin.sim_freq} is no multiple of the policy rate {self.embodiment.policy_rate_hz} Hz"
             )
         robot = self.ROBOT.tuned(
+            arm_acceleration_rad_s2=self.twin.arm_acceleration_rad_s2 if self.twin.arm_follows == "plans" else 0.0,
             arm_stiffness=self.twin.arm_stiffness,
             arm_damping=self.twin.arm_damping,
             gripper_force_limit=self.twin.gripper_force,
@@ -206,11 +207,14 @@ class TwinEnv(ShownEnv):
         self.agent.reset(np.array([*q, opening_m / 2, opening_m / 2], dtype=np.float32))
         self._hold_home(q, opening_m / 2)
 
-    def set_arm_dynamics(self, stiffness: float, damping: float, latency_s: float) -> None:
-        """From the next reset on, instead of the configured ones."""
-        self.twin = replace(self.twin, arm_stiffness=stiffness, arm_damping=damping, latency_s=latency_s)
-        for joint in self._controllers[0].joints:
-            joint.set_drive_properties(stiffness, damping, force_limit=self.agent.arm_force_limit)
+    def set_arm_dynamics(self, **values: float) -> None:
+        """From the next reset on, instead of the configured `arm_acceleration_rad_s2`, `arm_stiffness`, `arm_damping`
+        or `latency_s`."""
+        self.twin, arm = replace(self.twin, **values), self._controllers[0]
+        if arm.plans is not None:
+            arm.plans.set_acceleration(self.twin.arm_acceleration_rad_s2)
+        for joint in arm.joints:
+            joint.set_drive_properties(self.twin.arm_stiffness, self.twin.arm_damping, self.agent.arm_force_limit)
 
     def policy_step(self, action: np.ndarray) -> Facts:
         """One period of the contract's 7-D action, without observation, reward or picture."""

@@ -52,7 +52,7 @@ def test_the_arm_trails_an_even_motion_as_the_cell_behind_its_protocol_does(lock
     for _ in range(8):
         lockstep.step(np.array([0, 0.1 * speed, 0, 0, 0, 0, 1.0]))
     behind_m = lockstep.facts.T_base_target[1, 3] - lockstep.facts.T_base_tcp[1, 3]
-    assert behind_m / speed == pytest.approx(lag_s, rel=0.2)
+    assert behind_m / speed == pytest.approx(lag_s, rel=0.06)
     for _ in range(3):
         lockstep.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
     assert np.allclose(lockstep.facts.T_base_tcp, lockstep.facts.T_base_target, atol=1e-3)
@@ -64,7 +64,7 @@ def test_and_an_even_turn(lockstep, speed, lag_s):
     for _ in range(8):
         lockstep.step(np.array([0, 0, 0, 0, 0, 0.1 * speed, 1.0]))
     behind = lockstep.facts.T_base_tcp[:3, :3].T @ lockstep.facts.T_base_target[:3, :3]
-    assert np.arctan2(behind[1, 0], behind[0, 0]) / speed == pytest.approx(lag_s, rel=0.2)
+    assert np.arctan2(behind[1, 0], behind[0, 0]) / speed == pytest.approx(lag_s, rel=0.06)
 
 
 def test_turns_are_made_in_the_frame_of_the_tcp_and_the_workspace_holds(lockstep):

@@ -29,7 +29,8 @@ from tests.sim.twin.several_scenes import several_scenes
 N = 16
 HOME = np.array(Embodiment().home_joint_pos_rad)
 FIXED = Randomization(light=0.0, colour=0.0, planks=0.0, camera_pos_m=0.0, camera_rot_rad=0.0)
-CUDA = TwinConfig(physics="physx_cuda", randomization=FIXED, picture_width=64, picture_height=48)
+FOLLOWS = {"arm_follows": "drives", "arm_stiffness": 1000.0, "arm_damping": 75.0}
+CUDA = TwinConfig(physics="physx_cuda", randomization=FIXED, picture_width=64, picture_height=48, **FOLLOWS)
 
 
 def on_cpu(monkeypatch, config, embodiment, num_envs=1, **options) -> TwinVectorEnv:
@@ -186,7 +187,7 @@ def test_what_is_missing_is_said(embodiment, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no CUDA device"):
         TwinVectorEnv(CUDA, embodiment, 4, 0, render=False)
     with pytest.raises(ValueError, match="cannot vary light, colour"):
-        TwinConfig(physics="physx_cuda")
+        TwinConfig(physics="physx_cuda", arm_follows="drives")
     with pytest.raises(ValueError, match="physx_cpu, physx_cuda"):
         TwinConfig(physics="cuda")
 
@@ -203,7 +204,7 @@ def single(twin, embodiment, delay_steps):
     """The single arm's two controllers without a simulation, and the nine targets that they set."""
     driven = np.zeros(9)
     arm = TargetDeltaPoseController.__new__(TargetDeltaPoseController)
-    arm.kinematics, arm.delay_steps, arm._sim_steps = ArmKinematics(), delay_steps, 10
+    arm.kinematics, arm.delay_steps, arm._sim_steps, arm.plans = ArmKinematics(), delay_steps, 10, None
     arm._limit = np.repeat([embodiment.max_translation_m, embodiment.max_rotation_rad], 3)
     arm._lower_m, arm._upper_m = np.array(twin.workspace_lower_m), np.array(twin.workspace_upper_m)
     arm._drives = [functools.partial(driven.__setitem__, joint) for joint in range(7)]
@@ -274,7 +275,7 @@ def test_pick_place_of_several_is_the_twins(monkeypatch):
     """Behind the fake: one of many objects in each, which comes to rest while the others' episodes stand still; and
     what splats are drawn from."""
     made = load("twin-demos", TwinDemosConfig, ["twin=pick_place", "embodiment=rl_co"])
-    config = dataclasses.replace(made.twin, receptacle="either", success="legacy")
+    config = dataclasses.replace(made.twin, receptacle="either", success="legacy", **FOLLOWS)
     twin = Twin(config, made.embodiment, render=False)
     several_scenes(monkeypatch)
     cuda = dataclasses.replace(config, physics="physx_cuda")

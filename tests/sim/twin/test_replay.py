@@ -10,21 +10,22 @@ from bridge.config import load
 from bridge.dataset import DatasetStore, EpisodeWriter
 from sim.twin.command import TwinCommandConfig, fit_dynamics, main
 from sim.twin.config import TwinConfig
-from sim.twin.replay import composed, error_m, fit, recordings, replay
+from sim.twin.replay import Recording, composed, error_m, fit, recordings, replay
 from sim.twin.worker import Twin
 
 TRUE = {"arm_stiffness": 400.0, "arm_damping": 90.0, "latency_s": 0.03}  # of the recorded arm
+DRIVES = TwinConfig(arm_follows="drives", arm_stiffness=1000.0, arm_damping=75.0)
 
 
 @pytest.fixture(scope="module")
 def other_arm(embodiment) -> Twin:
     """A softer and later arm: what is recorded. A stand-in for a robot's recordings, made by the twin itself."""
-    return Twin(dataclasses.replace(TwinConfig(), **TRUE, home_noise_rad=0.0), embodiment, render=False)
+    return Twin(dataclasses.replace(DRIVES, **TRUE, home_noise_rad=0.0), embodiment, render=False)
 
 
 @pytest.fixture(scope="module")
 def ours(embodiment) -> Twin:
-    return Twin(TwinConfig(), embodiment, render=False)
+    return Twin(DRIVES, embodiment, render=False)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,31 @@ def test_fit_finds_an_arm_that_strays_little_on_episodes_it_has_not_seen(ours, d
     assert error_m(ours, held_out) == before_m  # replays leave nothing behind
     found = fit(ours, fit_on)
     assert error_m(ours, held_out) == before_m  # nor does the fit
-    ours.env.set_arm_dynamics(found.arm_stiffness, found.arm_damping, found.latency_s)
+    ours.env.set_arm_dynamics(**found.values)
     after_m = error_m(ours, held_out)
-    ours.env.set_arm_dynamics(TwinConfig().arm_stiffness, TwinConfig().arm_damping, 0.0)
+    ours.env.set_arm_dynamics(**{name: getattr(DRIVES, name) for name in TRUE})
     assert after_m < 0.3 * before_m
-    lag_s = found.arm_damping / found.arm_stiffness + found.latency_s  # what a drive trails an even motion by
+    stiffness, damping, latency_s = (found.values[name] for name in TRUE)
+    lag_s = damping / stiffness + latency_s  # what a drive trails an even motion by
     assert lag_s == pytest.approx(TRUE["arm_damping"] / TRUE["arm_stiffness"] + TRUE["latency_s"], abs=0.02)
+
+
+def test_fit_finds_the_acceleration_of_an_arm_that_plans(embodiment):
+    """What is recorded: an arm at half of the acceleration that answers 30 ms late."""
+    config = TwinConfig(home_noise_rad=0.0)
+    slow = Twin(dataclasses.replace(config, arm_acceleration_rad_s2=4.0, latency_s=0.03), embodiment, render=False)
+    slow.env.bare = True
+    slow.reset(0)
+    states, actions = [slow.state], []
+    for step in range(12):
+        actions.append(np.array([*(0.03 * np.sin(0.6 * step + np.arange(3))), 0, 0, 0, 1.0]))
+        slow.step(actions[-1])
+        states.append(slow.state)
+    recording = Recording(np.array(actions), np.array(states, dtype=np.float64))
+    found = fit(Twin(config, embodiment, render=False), [recording])
+    assert found.values["latency_s"] == pytest.approx(0.03)
+    assert found.values["arm_acceleration_rad_s2"] == pytest.approx(4.0, rel=0.1)
+    assert found.error_m < 5e-4
 
 
 def test_command_writes_what_it_found(data, tmp_path, capsys):
@@ -111,5 +131,5 @@ def test_command_writes_what_it_found(data, tmp_path, capsys):
 def test_fit_dynamics_command(data, tmp_path):
     assert main(["fit-dynamics", f"root={data}", f"runs_dir={tmp_path}", "episodes=1", "held_out=1"]) == 0
     found = yaml.safe_load((tmp_path / "demo/twin_fit/dynamics.yaml").read_text())
-    assert set(found) == {"arm_stiffness", "arm_damping", "latency_s"}
+    assert set(found) == {"arm_acceleration_rad_s2", "latency_s"}
     dataclasses.replace(TwinConfig(), **found)
