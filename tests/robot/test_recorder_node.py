@@ -152,7 +152,8 @@ def test_episodes_survive_kill_9(ros, settings):
     answer = cell.call(SetBool, "save_episode", data=True)
     assert answer.success, answer.message
     figures = json.loads(answer.message)
-    assert figures["rows"] == 15
+    num = figures["rows"]
+    assert 15 <= num <= 18  # of the ticks after the answer, and of those before, as soon as it has heard all streams
     assert figures["episode"] == "0"
     assert "start one first" in cell.call(SetBool, "save_episode", data=True).message
 
@@ -184,10 +185,10 @@ def test_episodes_survive_kill_9(ros, settings):
     np.testing.assert_allclose(rows["action"][:, 6], -1.0)
     np.testing.assert_allclose(rows["requested_action"][:, 6], -0.5)
     expected = pose.state_vector(pose.pose([0.4, 0, 0], pose.matrix_from_quat_xyzw(np.array([1.0, 0, 0, 0]))), 0.02)
-    np.testing.assert_allclose(rows["observation.state"][:, 1:], np.tile(expected[1:], (15, 1)), atol=1e-6)
+    np.testing.assert_allclose(rows["observation.state"][:, 1:], np.tile(expected[1:], (num, 1)), atol=1e-6)
     shades = [round(frame.mean()) for frame in decode_frames(video_path(root, "wrist", 0))]
     last = 120 + (first_tick - 1) // 2
-    assert shades == pytest.approx(range(last - 14, last + 1), abs=2)
+    assert shades == pytest.approx(range(last - num + 1, last + 1), abs=2)
 
 
 def test_episodes_travel_to_a_learner(ros, settings, tmp_path):
