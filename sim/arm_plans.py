@@ -68,7 +68,7 @@ class ArmPlans:
         plan = Trajectory(7)
         try:
             result = self._planner.calculate(wanted, plan)
-        except RuckigError:  # seen once, at rest at the target, which is left out above; no time to lose an episode for it
+        except RuckigError:  # seen only at rest at the target, which is left out above: not worth an episode
             return
         assert result in (Result.Working, Result.Finished), result
         self._plan, self._planned_s, self._is_planned, self._aimed = plan, self._time_s, True, q_rad
