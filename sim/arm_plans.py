@@ -24,7 +24,7 @@ class ArmPlans:
     """Seven joints. `q_rad`, `dq_rad_s` and `ddq_rad_s2` are lists, of the time up to which `follow` has come."""
 
     def __init__(self, acceleration_rad_s2: float = ACCELERATION_RAD_S2):
-        self._planner, self._wanted, self._plan = Ruckig(7), InputParameter(7), Trajectory(7)
+        self._planner, self._wanted = Ruckig(7), InputParameter(7)
         self._wanted.max_velocity = SPEED_RAD_S.tolist()
         self._wanted.max_jerk = [JERK_RAD_S3] * 7
         self.set_acceleration(acceleration_rad_s2)
@@ -38,7 +38,7 @@ class ArmPlans:
         self._aimed = np.array(q_rad, dtype=np.float64)
         self.q_rad, self.dq_rad_s, self.ddq_rad_s2 = self._aimed.tolist(), [0.0] * 7, [0.0] * 7
         self._time_s = self._stream_s = self._planned_s = 0.0
-        self._is_planned = False
+        self._plan: Trajectory | None = None
         self._goals = deque([(0.0, self._aimed)])
 
     def follow(self, q_goal_rad: np.ndarray, duration_s: float) -> None:
@@ -71,9 +71,9 @@ class ArmPlans:
         except RuckigError:  # seen only at rest at the target, which is left out above: not worth an episode
             return
         assert result in (Result.Working, Result.Finished), result
-        self._plan, self._planned_s, self._is_planned, self._aimed = plan, self._time_s, True, q_rad
+        self._plan, self._planned_s, self._aimed = plan, self._time_s, q_rad
 
     def _move(self, time_s: float) -> None:
         self._time_s = time_s
-        if self._is_planned:
+        if self._plan is not None:
             self.q_rad, self.dq_rad_s, self.ddq_rad_s2 = self._plan.at_time(time_s - self._planned_s)

@@ -105,7 +105,7 @@ class LockStepCell:
             if tick % SOLVED_TICKS == 0:
                 q_from, until = self._q_target.copy(), min(tick + SOLVED_TICKS, self._ticks)
                 path = pose.interpolate(T_from, T, until / self._ticks)
-                for _ in range(2):
+                for _ in range(2):  # made for a millisecond's way, not for ten
                     self._kinematics.solve(self._q_target, path[:3, 3], path[:3, :3], None)
                 q_step = (self._q_target - q_from) / (until - tick)
             q_from = q_from + q_step

@@ -4,7 +4,7 @@ The twin starts where the recorded arm did, makes the recorded actions without o
 is compared with the recorded one after every policy step. A data set at a multiple of the policy rate is composed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,20 +102,20 @@ def fit(twin: Twin, episodes: Sequence[Recording]) -> Dynamics:
     start = np.log([getattr(own, name) for name in names])
     best: Dynamics | None = None
     worse = 0
+
+    def values(logs: np.ndarray, latency_s: float) -> dict[str, float]:
+        return dict(zip(names, map(float, np.exp(logs)), strict=True)) | {"latency_s": latency_s}
+
+    def strays(logs: np.ndarray, latency_s: float) -> float:
+        twin.env.set_arm_dynamics(**values(logs, latency_s))
+        return error_m(twin, episodes)
+
     for delay in range(round(MAX_LATENCY_S / step_s) + 1):
-
-        def values(logs: np.ndarray, latency_s: float = delay * step_s) -> dict[str, float]:
-            return dict(zip(names, map(float, np.exp(logs)), strict=True)) | {"latency_s": latency_s}
-
-        def strays(logs: np.ndarray, values: Callable[[np.ndarray], dict[str, float]] = values) -> float:
-            twin.env.set_arm_dynamics(**values(logs))
-            return error_m(twin, episodes)
-
         simplex = start + np.vstack([np.zeros(len(names)), 0.7 * np.diag([1.0, -1.0][: len(names)])])
         options = {"initial_simplex": simplex, "maxfev": TRIES, "xatol": 0.02, "fatol": 1e-5}
-        found = minimize(strays, start, method="Nelder-Mead", options=options)
+        found = minimize(strays, start, args=(delay * step_s,), method="Nelder-Mead", options=options)
         if best is None or found.fun < best.error_m:
-            best, start, worse = Dynamics(values(found.x), float(found.fun)), found.x, 0
+            best, start, worse = Dynamics(values(found.x, delay * step_s), float(found.fun)), found.x, 0
         else:
             worse += 1
         if worse == 2:

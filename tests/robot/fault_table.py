@@ -20,11 +20,12 @@ def table(rows: list[dict]) -> dict:
         "faults_injected": (len(rows), len(rows)),
         "faults_ending_safe": (sum(bool(row.get("ends_in")) for row in rows), len(rows)),
         "faults_within_deadline": (sum(row["took_s"] <= row["deadline_s"] for row in timed), len(timed)),
+        "latest_rest_s": (max(row.get("rest_s", 0.0) for row in rows), len(rows)),
         "largest_drift_mm": (max(row.get("drift_mm", 0.0) for row in rows), len(rows)),
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
     nothing = {"peer": None, "ratio": None, "peer_name": None}
-    units = {"largest_drift_mm": "mm"}
+    units = {"latest_rest_s": "s", "largest_drift_mm": "mm"}
     return {
         "name": "robot_faults",
         "date": time.strftime("%Y-%m-%d"),

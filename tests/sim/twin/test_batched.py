@@ -188,6 +188,8 @@ def test_what_is_missing_is_said(embodiment, monkeypatch, tmp_path):
         TwinVectorEnv(CUDA, embodiment, 4, 0, render=False)
     with pytest.raises(ValueError, match="cannot vary light, colour"):
         TwinConfig(physics="physx_cuda", arm_follows="drives")
+    with pytest.raises(ValueError, match="arm_follows 'plans'"):
+        dataclasses.replace(CUDA, arm_follows="plans")
     with pytest.raises(ValueError, match="physx_cpu, physx_cuda"):
         TwinConfig(physics="cuda")
 
