@@ -173,13 +173,14 @@ class Runtime:
         return tick
 
     def figures(self) -> dict[str, Any]:
-        """Since the last start; latencies in ms, by request."""
+        """Since the last start; latencies in ms, by request. Any thread may ask: lists are copied in one go, since the
+        loop's thread adds to them meanwhile."""
         figures, counts = self._figures, self.executor.counts
         return {
             "policy_version": self.executor.policy_version,
             "policy_versions": list(figures.policy_versions),
-            "chunk_latency_ms": [round(ms, 2) for ms in figures.chunk_latency_ms],
-            "command_late_ms": [round(ms, 2) for ms in figures.command_late_ms],
+            "chunk_latency_ms": [round(ms, 2) for ms in list(figures.chunk_latency_ms)],
+            "command_late_ms": [round(ms, 2) for ms in list(figures.command_late_ms)],
             "holds": figures.holds,
             "errors": figures.errors,
             "late_actions": counts.late_actions,

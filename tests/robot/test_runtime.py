@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import numpy as np
@@ -82,6 +83,31 @@ def test_a_command_does_not_wait_for_the_pictures_of_a_request():
         world.tick()
     assert order == ["command", "command", "command", "ask", "command"]  # asked with one action left
     assert world.runtime.figures()["command_late_ms"] == [0.0] * 4
+
+
+def test_figures_are_asked_for_while_the_loop_adds_to_them():
+    """By the node's own thread: an error there would end the node in the middle of a motion."""
+    world, closing = World(), threading.Event()
+    figures = world.runtime._figures
+    figures.command_late_ms.extend([0.0] * 2000)
+    figures.chunk_latency_ms.extend([0.0] * 2000)
+
+    def add():
+        while not closing.is_set():
+            figures.command_late_ms.append(1.0)
+            figures.chunk_latency_ms.append(1.0)
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        for _ in range(50):
+            world.runtime.figures()
+    finally:
+        closing.set()
+        thread.join()
+        sys.setswitchinterval(before_s)
 
 
 def test_a_dead_policy_server_means_hold_and_its_return_means_motion():
