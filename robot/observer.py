@@ -1,5 +1,6 @@
 """From streams of pictures and arm states to one aligned observation."""
 
+import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
@@ -59,37 +60,45 @@ class Observer:
         self._decode = decode
         self._pictures = {name: Ring(8) for name in cameras}
         self._poses, self._openings = Ring(120), Ring(120)
+        self._lock = threading.Lock()  # what is added between the search for an index and its use moves all of them
 
     def add_picture(self, camera: str, stamp_ns: int, picture: Any) -> None:
-        self._pictures[camera].add(stamp_ns, picture)
+        with self._lock:
+            self._pictures[camera].add(stamp_ns, picture)
 
     def add_pose(self, stamp_ns: int, T_base_tcp: np.ndarray) -> None:
-        self._poses.add(stamp_ns, T_base_tcp)
+        with self._lock:
+            self._poses.add(stamp_ns, T_base_tcp)
 
     def add_opening(self, stamp_ns: int, opening_m: float) -> None:
-        self._openings.add(stamp_ns, opening_m)
+        with self._lock:
+            self._openings.add(stamp_ns, opening_m)
 
     def read(self, now_ns: int, instruction: str) -> Observation:
         """Raises StaleObservation when a source is missing, too old, or too far from the reference picture in time."""
-        sources = self._pictures | {"tcp_pose": self._poses, "gripper": self._openings}
-        if silent := [name for name, ring in sources.items() if not ring.stamps_ns]:
-            raise StaleObservation(f"nothing yet from {', '.join(silent)}")
-        stamp_ns = self._pictures[self.reference].stamps_ns[-1]
-        age_ns = {name: now_ns - ring.stamps_ns[-1] for name, ring in sources.items()}
-        for name, age in age_ns.items():
-            if age > self.max_age_ns:
-                raise StaleObservation(f"{name} is {age / 1e6:.0f} ms old, allowed are {self.max_age_ns / 1e6:.0f} ms")
-        images = {name: self._picture(name, stamp_ns) for name in self._pictures}
-        before, after, share = self._poses.around(stamp_ns)
-        T_base_tcp = pose.interpolate(self._poses.values[before], self._poses.values[after], share)
-        before, after, share = self._openings.around(stamp_ns)
-        opening_m = (1 - share) * self._openings.values[before] + share * self._openings.values[after]
+        with self._lock:
+            sources = self._pictures | {"tcp_pose": self._poses, "gripper": self._openings}
+            if silent := [name for name, ring in sources.items() if not ring.stamps_ns]:
+                raise StaleObservation(f"nothing yet from {', '.join(silent)}")
+            stamp_ns = self._pictures[self.reference].stamps_ns[-1]
+            age_ns = {name: now_ns - ring.stamps_ns[-1] for name, ring in sources.items()}
+            for name, age in age_ns.items():
+                if age > self.max_age_ns:
+                    raise StaleObservation(
+                        f"{name} is {age / 1e6:.0f} ms old, allowed are {self.max_age_ns / 1e6:.0f} ms"
+                    )
+            taken = {name: self._picture(name, stamp_ns) for name in self._pictures}
+            before, after, share = self._poses.around(stamp_ns)
+            T_base_tcp = pose.interpolate(self._poses.values[before], self._poses.values[after], share)
+            before, after, share = self._openings.around(stamp_ns)
+            opening_m = (1 - share) * self._openings.values[before] + share * self._openings.values[after]
+        images = {name: self._decode(picture) for name, picture in taken.items()}
         return Observation(images, pose.state_vector(T_base_tcp, opening_m), instruction, stamp_ns, age_ns)
 
-    def _picture(self, camera: str, stamp_ns: int) -> np.ndarray:
+    def _picture(self, camera: str, stamp_ns: int) -> Any:
         ring = self._pictures[camera]
         index = ring.nearest(stamp_ns)
         if abs(ring.stamps_ns[index] - stamp_ns) > self.max_age_ns:
             apart_ms = abs(ring.stamps_ns[index] - stamp_ns) / 1e6
             raise StaleObservation(f"{camera} and {self.reference} are {apart_ms:.0f} ms apart")
-        return self._decode(ring.values[index])
+        return ring.values[index]

@@ -1,3 +1,7 @@
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -25,6 +29,36 @@ def filled() -> Observer:
         observer.add_pose((1000 + 10 * n) * MS, at(0.4 + 0.01 * n, 0.1 * n))
         observer.add_opening((1000 + 10 * n) * MS, 0.08 - 0.001 * n)
     return observer
+
+
+def test_what_is_added_while_it_reads_mixes_no_two_moments():
+    """By the node's thread while the loop's reads; each value says when it was."""
+    observer, closing, now_ms = Observer(["third_person"], max_age_ns=10**15), threading.Event(), [0]
+
+    def add():
+        while not closing.is_set():
+            now_ms[0] += 1
+            stamp_ns = now_ms[0] * MS
+            observer.add_pose(stamp_ns, at(1e-3 * now_ms[0]))
+            observer.add_opening(stamp_ns, 1e-3 * now_ms[0])
+            observer.add_picture("third_person", stamp_ns, now_ms[0])
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        while now_ms[0] < 200:
+            time.sleep(0.001)
+        for _ in range(1500):
+            seen = observer.read(0, "")
+            moment = seen.stamp_ns / MS * 1e-3
+            values = float(seen.images["third_person"]) * 1e-3, seen.state[0], seen.state[6]
+            assert values == pytest.approx([moment] * 3)
+    finally:
+        closing.set()
+        thread.join()
+        sys.setswitchinterval(before_s)
 
 
 def test_state_is_interpolated_to_the_reference_picture():
