@@ -62,7 +62,8 @@ class AlgoConfig:
     batch_size: int = 256  # RL samples (policy queries) of an optimiser step, over all ranks
     micro_batch_size: int = 256  # of one backward pass on one rank
     critic_warmup_steps: int = 8  # ppo: optimiser steps at the start that train the value head alone
-    target_kl: float | None = 0.05  # end an iteration's updates when approx_kl exceeds it; None: never
+    lr_warmup_steps: int = 10  # of the policy, at rates that rise to lr: Adam's first step is as long for any gradient
+    target_kl: float | None = 0.05  # an iteration's updates end where approx_kl is above; None: never
     gradient_report_every: int = 10  # optimiser steps between comparisons of the two terms' gradients; 0: never
 
     def __post_init__(self):
@@ -83,6 +84,10 @@ class AlgoConfig:
             )
         if self.algorithm == "grpo" and self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: grpo compares at least 2 episodes of the same start")
+        if min(self.critic_warmup_steps, self.lr_warmup_steps) < 0:
+            raise ValueError(
+                f"critic_warmup_steps {self.critic_warmup_steps}, lr_warmup_steps {self.lr_warmup_steps}: at least 0"
+            )
         if self.group_size < 1:
             raise ValueError(f"group_size {self.group_size}: at least 1")
         if self.dual_clip is not None and self.dual_clip <= 1:
@@ -137,20 +142,21 @@ class Updater:
         self.is_sharded = is_sharded(self.policy)
 
     def update(self, rollouts: Rollouts, batches: list[Tensor]) -> dict[str, float]:
-        """One step for each of this rank's `batches` (rows of `rollouts`); returns metrics, means over the steps."""
+        """One step for each of this rank's `batches` (rows of `rollouts`), until one finds that the policy is too far
+        from the one that acted; returns metrics, means over the steps and what that last one saw."""
         history: list[dict[str, float]] = []
-        stopped = False
+        started, stopped = self.steps, False
         for rows in batches:
+            steps = self.steps
             history.append(self.step(rollouts, rows.to(rollouts.old_value.device)))
-            limit = self.config.target_kl
-            stopped = limit is not None and history[-1]["actor/approx_kl"] > limit
-            if stopped:
+            if stopped := self.steps == steps:
                 break
-        return summary(history) | {"actor/stopped_early": float(stopped), "actor/optimizer_steps": float(len(history))}
+        counts = {"actor/stopped_early": float(stopped), "actor/optimizer_steps": float(self.steps - started)}
+        return summary(history) | counts
 
     def step(self, rollouts: Rollouts, rows: Tensor) -> dict[str, float]:
-        """One optimiser step; metrics of the whole batch. A non-finite loss or gradient leaves the weights as they are
-        and raises ValueError."""
+        """One optimiser step; metrics of the whole batch. Where its KL divergence is above `target_kl`, no step. A
+        non-finite loss or gradient leaves the weights as they are and raises ValueError."""
         c, micro_batches = self.config, rows.split(self.config.micro_batch_size)
         weights = self._weights(rollouts, rows)
         with_sft = c.beta > 0 and self.demos is not None and not self.is_warming_up
@@ -159,6 +165,8 @@ class Updater:
         metrics = self._reduced(
             [self._backward_rl(rollouts, micro, weights, k == last) for k, micro in enumerate(micro_batches)]
         )
+        if c.target_kl is not None and metrics["actor/approx_kl"] > c.target_kl:
+            return metrics
         if with_sft and self._is_report_due():
             rl_gradient = self._take_gradients()
             metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), 1.0)
@@ -170,6 +178,7 @@ class Updater:
         norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters(), c.clip_grad))
         if not torch.isfinite(norm):
             raise ValueError(f"optimiser step {self.steps}: gradient norm {norm.item()}, losses {metrics}")
+        self.optimizer.param_groups[0]["lr"] = c.lr * self._lr_share()
         self.optimizer.step()
         self.steps += 1
         return metrics | self._totals(metrics) | {"actor/grad_norm": norm.item()}
@@ -178,6 +187,10 @@ class Updater:
     def is_warming_up(self) -> bool:
         """The critic learns first: advantages from an untrained one would push the policy anywhere."""
         return self.config.algorithm == "ppo" and self.steps < self.config.critic_warmup_steps
+
+    def _lr_share(self) -> float:
+        trained = self.steps - (self.config.critic_warmup_steps if self.config.algorithm == "ppo" else 0)
+        return min(1.0, max(trained + 1, 1) / max(self.config.lr_warmup_steps, 1))
 
     def rl_loss(
         self, rollouts: Rollouts, rows: Tensor, weights: tuple[float, float]

@@ -35,6 +35,7 @@ class ShownEnv(BaseEnv):
     table: Actor
     goal: Actor
     room: Actor
+    _is_drawing = False
 
     def _absent(self) -> list[Actor]:
         """Bodies that take no part in this episode."""
@@ -83,20 +84,28 @@ class ShownEnv(BaseEnv):
         super()._after_reconfigure(options)
         self._robot: Any = self.agent.robot._objs[0]
         self._tcp: Any = self.agent.tcp._objs[0]
-        self._nominal_camera_poses = {
-            name: sensor.camera._render_cameras[0].local_pose for name, sensor in self._sensors.items()
-        }
+        self._nominal_camera_poses = {name: camera.local_pose for name, camera in self._render_cameras.items()}
 
     def pictures(self) -> dict[str, np.ndarray]:
         """SAPIEN's, uint8 [H, W, 3] for each camera."""
-        return {name: area_mean(rgba, self.twin.supersampling) for name, (rgba,) in self._draw("Color").items()}
+        return {name: area_mean(rgba, self.twin.supersampling) for name, (rgba,) in self._drawn("Color").items()}
 
-    def _draw(self, *textures: str) -> dict[str, list[np.ndarray]]:
+    def draw(self) -> None:
+        """Begin with SAPIEN's pictures of this moment, which are waited for where they are asked for."""
         self.scene.sub_scenes[0].update_render()
-        cameras = {name: sensor.camera._render_cameras[0] for name, sensor in self._sensors.items()}
-        for camera in cameras.values():
-            camera.take_picture()  # all are under way before the first is waited for
-        return {name: [camera.get_picture(texture) for texture in textures] for name, camera in cameras.items()}
+        for camera in self._render_cameras.values():
+            camera.take_picture()
+        self._is_drawing = True
+
+    def _drawn(self, *textures: str) -> dict[str, list[np.ndarray]]:
+        if not self._is_drawing:
+            self.draw()
+        self._is_drawing = False
+        return {n: [camera.get_picture(texture) for texture in textures] for n, camera in self._render_cameras.items()}
+
+    @property
+    def _render_cameras(self) -> dict[str, Any]:
+        return {name: sensor.camera._render_cameras[0] for name, sensor in self._sensors.items()}
 
     def _link(self, name: str) -> sapien.physx.PhysxArticulationLinkComponent:
         return self.agent.robot.links_map[name]._objs[0]
@@ -105,7 +114,7 @@ class ShownEnv(BaseEnv):
         """Everything that a picture of this moment needs where splats are drawn."""
         rgb, depth_m = {}, {}
         if with_rgb:
-            for name, (rgba, distance_m) in self._draw("Color", "Distance").items():
+            for name, (rgba, distance_m) in self._drawn("Color", "Distance").items():
                 rgb[name] = area_mean(rgba, self.twin.supersampling)
                 depth_m[name] = nearest(distance_m, self.twin.supersampling)
         absent = {actor.name for actor in self._absent()}
@@ -157,8 +166,8 @@ class ShownEnv(BaseEnv):
 
     def _show_looks(self, sun: float, ambient: float, colours: Named, planks: np.ndarray, shifts: Named) -> None:
         for name, shift in shifts.items():
-            camera = self._sensors[name].camera._render_cameras[0]
-            camera.local_pose = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
+            pose_now = self._nominal_camera_poses[name] * sapien.Pose(shift.astype(np.float32))
+            self._render_cameras[name].local_pose = pose_now
         self._sun.color = [SUN * sun] * 3
         self.scene.sub_scenes[0].set_ambient_light([AMBIENT * ambient] * 3)
         self._repaint(0, colours, planks, [self.goal])

@@ -48,6 +48,9 @@ class Episodes(ABC):
     def move(self, action: np.ndarray) -> None:
         """A policy step that counts for nothing: float64 [7]. Afterwards `facts` are new."""
 
+    def draw(self) -> None:  # noqa: B027  most worlds draw when they are asked
+        """Begin with the pictures of this moment, where that goes on by itself: `pictures` or `view` is asked next."""
+
     @abstractmethod
     def pictures(self) -> dict[str, np.ndarray]:
         """uint8 [H, W, 3] for each camera; empty without rendering."""
@@ -136,6 +139,10 @@ class Twin(Episodes):
     def reward(self) -> float:
         return self.env.dense_reward(self.facts) if self.config.reward == "dense" else super().reward()
 
+    def draw(self) -> None:
+        if self.sapien_draws:
+            self.env.draw()
+
     def pictures(self) -> dict[str, np.ndarray]:
         if not self.render or not self.config.draws_splats:
             return self.env.pictures() if self.render else {}
@@ -220,29 +227,44 @@ class Worker:
             twin.episode = begun - 1
 
     def serve(self, what: str, envs: list[int], arguments: list[Any]) -> dict[int, dict[str, Any]]:
-        return {env: getattr(self, "_" + what)(env, argument) for env, argument in zip(envs, arguments, strict=True)}
+        answers = {env: getattr(self, "_" + what)(env, argument) for env, argument in zip(envs, arguments, strict=True)}
+        if what == "reset":
+            return self._shown(answers, final=False)
+        if what == "step":
+            answers = self._shown(answers, final=True)
+            over = [env for env in envs if self.setup.auto_reset and self.twins[env].ended]
+            fresh = self._shown({env: self._reset(env, (None, None)) for env in over}, final=False)
+            for env in over:
+                answers[env] |= {key: fresh[env][key] for key in ("state", "instruction", "view", "episode")}
+        return answers
 
     def _reset(self, env: int, start: tuple[int | None, int | None]) -> dict[str, Any]:
         twin = self.twins[env]
         twin.reset(*start)
-        now = {"state": twin.state, "instruction": twin.instruction, "view": self._look(env, final=False)}
-        last = {f"final_{key}": value for key, value in now.items()}
-        return now | last | {"seeds": twin.seed, "episode": twin.episode}
+        return {"seeds": twin.seed, "episode": twin.episode}
 
     def _step(self, env: int, actions: np.ndarray) -> dict[str, Any]:
         twin = self.twins[env]
         out: dict[str, Any] = dict(twin.step_chunk(actions, self._frames if env == self._watched else None))
-        out |= {"success": twin.facts.success, "episode_len": twin.steps, "seeds": twin.seed, "lost": False}
-        now = {"state": twin.state, "instruction": twin.instruction, "view": self._look(env, final=True)}
-        out |= now | {f"final_{key}": value for key, value in now.items()}
-        out["episode"] = twin.episode
-        if twin.ended and self.setup.auto_reset:
-            fresh = self._reset(env, (None, None))
-            out |= {key: fresh[key] for key in ("state", "instruction", "view", "episode")}
-        else:
-            for pictures in self._pictures.values():
-                pictures[0, env] = pictures[1, env]
-        return out
+        out |= {"success": twin.facts.success, "episode_len": twin.steps, "lost": False}
+        return out | {"seeds": twin.seed, "episode": twin.episode}
+
+    def _shown(self, answers: dict[int, dict[str, Any]], final: bool) -> dict[int, dict[str, Any]]:
+        """With what these environments show now. All pictures are begun before the first is waited for: a GPU that
+        many processes draw on has each of them wait for its turn, once instead of once a picture."""
+        for env in answers:
+            self.twins[env].draw()
+        for env, answer in answers.items():
+            twin = self.twins[env]
+            now = {"state": twin.state, "instruction": twin.instruction, "view": twin.view()}
+            answer |= now | {f"final_{key}": value for key, value in now.items()}
+            if now["view"] is not None:  # the owner draws from it
+                continue
+            for name, picture in twin.pictures().items():
+                self._pictures[name][int(final), env] = picture
+                if final:
+                    self._pictures[name][0, env] = picture
+        return answers
 
     def _poses(self, env: int, _: None) -> dict[str, Any]:
         return vars(self.twins[env].facts)
@@ -254,14 +276,6 @@ class Worker:
     def _frames_since(self, env: int, _: None) -> dict[str, Any]:
         taken, self._frames = self._frames, []
         return {"frames": taken if env == self._watched else []}
-
-    def _look(self, env: int, final: bool) -> Any:
-        """Pictures go to the shared memory; where splats are drawn, the owner draws them from a view."""
-        if (view := self.twins[env].view()) is not None:
-            return view
-        for name, picture in self.twins[env].pictures().items():
-            self._pictures[name][int(final), env] = picture
-        return None
 
 
 def start(setup: Setup) -> tuple[Any, Connection]:

@@ -9,7 +9,7 @@ from learner.demo_dataset import DataConfig, Mixture, open_parts
 from learner.losses import level_log_prob
 from learner.normalization import Quantiles
 from learner.policy import ObservationBatch
-from learner.rollouts import collect
+from learner.rollouts import Rollouts, collect
 from learner.small_policy import SmallPolicy, SmallPolicyConfig, Statistics
 from learner.trainer import local_trainer, rollout_metrics
 from learner.twin_eval import run_episodes
@@ -237,12 +237,48 @@ def test_a_non_finite_loss_is_refused_and_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
-def test_an_update_ends_early_at_the_kl_limit():
+def test_an_update_ends_where_it_finds_the_policy_beyond_the_kl_limit():
     policy = tiny_policy()
-    config = AlgoConfig(beta=0.0, lr=1e-2, target_kl=1e-3, update_epochs=50, critic_warmup_steps=0, batch_size=16, micro_batch_size=16)  # fmt: skip  # noqa: E501
-    learner = updater(policy, config)
-    assert whole_update(learner, roll(policy))["actor/stopped_early"] == 1.0
-    assert learner.steps < 50
+    config = AlgoConfig(
+        beta=0.0, lr=1e-2, lr_warmup_steps=0, target_kl=1e-3, update_epochs=50, critic_warmup_steps=0, batch_size=16,
+        micro_batch_size=16,
+    )  # fmt: skip
+    learner, rollouts = updater(policy, config), roll(policy)
+    metrics = whole_update(learner, rollouts)
+    assert metrics["actor/stopped_early"] == 1.0
+    assert 1 <= metrics["actor/optimizer_steps"] == learner.steps < 50
+    # Batches differ: one that is beyond the limit makes no step, neither of the weights nor of Adam's moments.
+    before = [p.clone() for p in policy.parameters()]
+    moments = [state["exp_avg"].clone() for state in learner.optimizer.state.values()]
+    steps = learner.steps
+    beyond = [rows for rows in torch.arange(len(rollouts)).split(4) if far(learner, rollouts, rows)]
+    assert beyond
+    for rows in beyond:
+        assert learner.step(rollouts, rows)["actor/approx_kl"] > config.target_kl
+    assert learner.steps == steps
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, learner.optimizer.state.values(), strict=True))
+
+
+def far(learner: Updater, rollouts: Rollouts, rows: torch.Tensor) -> bool:
+    return learner.rl_loss(rollouts, rows, (0.25, 0.25))[1]["actor/approx_kl"] > learner.config.target_kl
+
+
+def test_the_policys_rate_rises_over_its_first_steps_and_the_critics_does_not():
+    policy, rates = tiny_policy(), []
+    config = AlgoConfig(
+        beta=0.0, lr=1e-4, value_lr=1e-3, critic_warmup_steps=2, lr_warmup_steps=4, batch_size=16, micro_batch_size=16,
+        target_kl=None,
+    )  # fmt: skip
+    learner, rollouts = updater(policy, config), roll(policy)
+    for _ in range(8):
+        learner.step(rollouts, torch.arange(16))
+        rates.append([group["lr"] for group in learner.optimizer.param_groups])
+    policys, critics = zip(*rates, strict=True)
+    assert policys[2:] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4, 1e-4, 1e-4])
+    assert critics == pytest.approx([1e-3] * 8)
+    with pytest.raises(ValueError, match="lr_warmup_steps -1"):
+        AlgoConfig(lr_warmup_steps=-1)
 
 
 def test_rollouts_are_whole_episodes_and_bootstrap_through_time_limits_only():
