@@ -236,6 +236,8 @@ def run_iterations(
     curves = open_curves(config.logger, config.run, config.name, asdict(config))
     bar = tqdm(total=config.iterations, initial=trainer.iteration, desc=config.stage, unit="iteration")
     with curves as logger, bar, terminate_as_interrupt():
+        if history and trainer.iteration >= config.iterations:  # asked for fewer than the stopped run has made: it ends
+            version = save_bundle(trainer, config, embodiment, version, history[-1])
         while trainer.iteration < config.iterations:
             metrics = trainer.iterate(film(config, trainer.iteration))
             history.append(metrics)

@@ -15,7 +15,8 @@ Why the defaults are what they are:
     --twin-demos 20     few, so that practice has room: rollouts should begin at 35 to 45 %
     --sft-steps 3000    the same for all arms; a mixture has more to learn, and is short of steps before the others
     --alpha 0.5         the twin's share of a mixed batch: the robot's 2200 rows are seen 22 times, alone 43 times
-    --envs 64           as many as episodes: all begin at once, and 13 rounds wait for the slowest worker, not 34
+    --envs 48           as many as episodes: all begin at once, and 10 rounds wait for the slowest worker, not 30
+    --max-steps 80      of practice: demonstrations take about 50; trials have 100
     --first-trial 1000  seeds of trials; settings are probed with others: --stages 1 --seeds 7 --first-trial 5000
 
 `--arms` names those of Stage II to run. Where the robot's demonstrations alone leave no room above them, `--narrow` is
@@ -46,7 +47,7 @@ TRIED = [f"cell.layout.cube_pos_m={WIDE_M[0]}", f"cell.layout.cube_spread_m={WID
 TAUGHT = ["cell.layout.cube_pos_m=[0.36,0.20]"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGE_1 = {"stand_in_sft": ("real",), "twin_sft": ("sim",), "mixed_sft": ("sim", "real")}
-# 64 episodes are some 500 queries: two steps an epoch. The time limit is the task's own: who is late has failed.
+# 48 episodes are some 400 queries: two steps an epoch. The time limit is the task's own: who is late has failed.
 ALGO = ["algo.bootstrap_truncation=false", "algo.update_epochs=6", "algo.target_kl=0.1"]
 ADAPTIVE = ["algo.beta=0.2", "algo.sft_gradient_share=0.3"]
 STAGE_2 = {  # arm -> (Stage I it starts from, keys)
@@ -123,6 +124,7 @@ class Study:
         a = self.args
         sizes = [f"iterations={a.iterations}", f"envs={a.envs}", f"workers={a.workers}", f"episodes={a.episodes}"]
         more = [f"seed={seed}", f"device={DEVICE}", "threads=1", "save_every=1000", *self.data(("real",)), *a.algo]
+        more.append(f"twin.max_steps={a.max_steps}")
         return lambda: [
             "train", *self.named(run), f"checkpoint={latest_bundle(self.root / start / 'checkpoints')}",
             *sizes, *more, *keys, *TWIN,
@@ -182,7 +184,11 @@ class Study:
     def begin(self, job: Job, number: int) -> None:
         logs = self.root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": str(number % self.args.gpus)}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": str(self.args.gpus[number % len(self.args.gpus)]),
+        }
         with (logs / f"{job.run}.{job.stage}.log").open("a") as log:
             command = [sys.executable, "-m", "cotwin", *job.command()]
             job.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
@@ -224,7 +230,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/rl_co"))
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="numbers of those to use")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--twin-demos", type=int, default=20)
     parser.add_argument("--cell-demos", type=int, default=50)
@@ -232,9 +238,10 @@ def main() -> None:
     parser.add_argument("--sft-steps", type=int, default=3000)
     parser.add_argument("--alpha", type=float, default=0.5, help="the twin's share of a mixed batch")
     parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--envs", type=int, default=64, help="twins of a Stage II run")
-    parser.add_argument("--episodes", type=int, default=64, help="of an iteration")
+    parser.add_argument("--envs", type=int, default=48, help="twins of a Stage II run")
+    parser.add_argument("--episodes", type=int, default=48, help="of an iteration")
     parser.add_argument("--workers", type=int, default=8, help="processes of a Stage II run")
+    parser.add_argument("--max-steps", type=int, default=80, help="of an episode of Stage II")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--first-trial", type=int, default=1000, help="seed of the first trial")
     parser.add_argument("--arms", nargs="+", choices=STAGE_2, default=list(STAGE_2), help="of Stage II")
@@ -245,7 +252,7 @@ def main() -> None:
     study = Study(args)
     study.work()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    gpus = f"{args.gpus} {torch.cuda.get_device_name()}" if DEVICE == "cuda" else "none"
+    gpus = f"{len(args.gpus)} {torch.cuda.get_device_name()}" if DEVICE == "cuda" else "none"
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "minutes")}
     document = {
         "name": "rl_co",

@@ -8,7 +8,8 @@
 `state`, `rgb`: as many worker processes on both sides, one environment each, a picture (ours: of two cameras) after
 every policy step of 10 physics steps. Peer: ManiSkill's own CPU recipe, `gym.vector.AsyncVectorEnv` of PickCube-v1 in
 `CPUGymWrapper`, with the same rates, controller and picture size. `splat`: one picture a chunk of 5 from splats, beside
-SAPIEN's by as many workers, environments in two groups as `pipeline_stages=2` has them. Figures are merged into the
+SAPIEN's by as many workers, environments in two groups as `pipeline_stages=2` has them; and one after every step,
+beside the peer. Figures are merged into the
 file; what it held under other names stays.
 """
 
@@ -164,20 +165,30 @@ class StockEnv:
 
 
 def splat_speed(part: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The peer draws with SAPIEN in the workers, through the same interface."""
+    """Beside SAPIEN's pictures: those that the same twin's workers draw, and stock ManiSkill's."""
     config, embodiment = settings(args.size)
-    rates = {}
+    rates, each_step = {}, {}
     for render in ("splat", "sapien"):
         scene = SplatConfig(scene=str(args.scene))
         with TwinVectorEnv(
             dataclasses.replace(config, render=render, splat=scene), embodiment, 4 * args.workers, args.workers
         ) as env:
             rates[render] = steps_per_s(env, args.steps, 5, groups=2)
+            each_step[render] = steps_per_s(env, max(args.steps // 5, 2), 1, groups=2)
             device = env.splat_device or "CPU"
-            print(render, device, rates[render], flush=True)
-    more = {"n": 4 * args.steps * args.workers, "workers": args.workers, "size_px": args.size}
-    peer = "the twin's own SAPIEN pictures, drawn by the workers"
-    return {"env_steps_per_s_16_workers": figure(rates["splat"], rates["sapien"], "steps/s", peer, True, **more)}
+            print(render, device, rates[render], each_step[render], flush=True)
+    stock = stock_steps_per_s(args, True)
+    more = {"workers": args.workers, "size_px": args.size, "cameras": len(embodiment.cameras)}
+    own = "the twin's own SAPIEN pictures, drawn by the workers"
+    return {
+        "env_steps_per_s_16_workers": figure(
+            rates["splat"], rates["sapien"], "steps/s", own, True, n=4 * args.steps * args.workers, **more
+        ),
+        "env_steps_per_s_16_workers_picture_each_step": figure(
+            each_step["splat"], stock, "steps/s", "stock ManiSkill AsyncVectorEnv PickCube-v1, one camera", True,
+            own_sapien=each_step["sapien"], **more,
+        ),
+    }  # fmt: skip
 
 
 def replay_error(part: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -97,6 +97,25 @@ def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_inte
     assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
+def test_a_stopped_stage_two_ends_where_it_is_when_it_has_made_enough(folder, toy, monkeypatch):
+    iterate = Trainer.iterate
+
+    def interrupted(self, film):
+        if self.iteration == 2:
+            raise KeyboardInterrupt
+        return iterate(self, film)
+
+    config = {"checkpoint": str(folder / "run/checkpoints/000001"), "stage": "short", "save_every": 10}
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_config(folder, **config))
+    before = list(bundles(folder / "run/checkpoints"))
+    figures = train(train_config(folder, **config, iterations=1))
+    after = list(bundles(folder / "run/checkpoints"))
+    assert after == [*before, before[-1] + 1]
+    assert (figures["version"], figures["iterations"]) == (after[-1], 2)
+
+
 def test_two_runs_side_by_side(folder, toy, tmp_path, capsys):
     for name, seed in (("a", 0), ("b", 1)):
         config = train_config(tmp_path, name=name, seed=seed, checkpoint=str(folder / "run/checkpoints/000001"))
