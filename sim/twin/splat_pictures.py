@@ -65,11 +65,19 @@ class SplatPictures:
             pictures = self._renderer.composite(poses, cameras, rgb, depth_m, self._fixed)
         else:
             pictures = self._renderer.pictures(poses, cameras, self._fixed)
-            light = torch.tensor([view.light for view in views], device=device)
+            light = torch.tensor([view.light for view in views])
             if bool((light != 1.0).any()):
-                pictures = (pictures * light[:, None, None, None, None]).round().clamp(max=255).to(torch.uint8)
-        return {name: pictures[:, m].cpu().numpy() for m, name in enumerate(self._names)}
+                lit = pictures * light.to(device)[:, None, None, None, None]
+                pictures = lit.round_().clamp_(max=255).to(torch.uint8)
+        return dict(zip(self._names, on_host(pictures.transpose(0, 1)), strict=True))
 
     def _stacked(self, views: list[Mapping[str, np.ndarray]]) -> torch.Tensor:
         """[N, M, H, W, ...] of the cameras' own arrays."""
         return torch.from_numpy(np.stack([[view[name] for name in self._names] for view in views]))
+
+
+def on_host(pictures: torch.Tensor) -> np.ndarray:
+    """A copy in host memory; from a GPU into page-locked memory, which takes a fraction of the time."""
+    if pictures.device.type == "cpu":
+        return pictures.contiguous().numpy()
+    return torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True).copy_(pictures.contiguous()).numpy()

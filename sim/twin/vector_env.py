@@ -313,8 +313,8 @@ class TwinVectorEnv:
             views = [answer["view"] for answer in answers] + [answers[row]["final_view"] for row in over]
             drawn = self._splats.draw(views)
             now = {name: pictures[: len(answers)] for name, pictures in drawn.items()}
-            last = {name: pictures.copy() for name, pictures in now.items()}
-            for name, pictures in last.items():
+            last = {name: pictures.copy() for name, pictures in now.items()} if over else now
+            for name, pictures in last.items() if over else ():
                 pictures[over] = drawn[name][len(answers) :]
         state, final_state = (np.stack([answer[key] for answer in answers]) for key in ("state", "final_state"))
         said, final_said = ([answer[key] for answer in answers] for key in ("instruction", "final_instruction"))

@@ -52,6 +52,7 @@ PLACEMENTS: dict[str, tuple[dict[str, Any], int]] = {  # and pipeline stages
     "disaggregated": ({"env": "0:0-3", "rollout": 0, "actor": 1}, 1),
     "disaggregated_asynchronous": ({"env": "0:0-3", "rollout": 0, "actor": 1}, 1),
     "collocated_sharded": ({"env": "0-1:0-3", "rollout,actor": "0-1"}, 1),
+    "collocated_offload": ({"env": "0-1:0-3", "rollout,actor": "0-1"}, 1),
 }
 
 
@@ -176,7 +177,7 @@ def placement(bench: Bench, name: str) -> None:
     """Iterations of the whole trainer, its processes placed as `name` says."""
     size, (places, stages) = bench.size, PLACEMENTS[name]
     algo, began_s = algorithm(size), time.perf_counter()
-    options = {key: key in name for key in ("asynchronous", "sharded")}
+    options = {key: key in name for key in ("asynchronous", "sharded", "offload")}
     cluster = ClusterConfig(component_placement=places, launcher="processes", carrier=bench.carrier, **options)
     job = Job(
         make_policy=functools.partial(make_policy, size),
@@ -196,6 +197,7 @@ def placement(bench: Bench, name: str) -> None:
         first = trainer.iterate()
         first_s = time.perf_counter() - began_s - started_s
         history = [trainer.iterate() for _ in range(size.iterations)]
+        used_gib = [gpu_used_gib(gpu) for gpu in range(torch.cuda.device_count())]
         sent_bytes, carrier = trainer.publish.__self__.sent_bytes, trainer.publish.__self__.carrier
     middle = {key: statistics.median(metrics[key] for metrics in history) for key in history[0]}
     samples = size.envs * QUERIES
@@ -206,6 +208,7 @@ def placement(bench: Bench, name: str) -> None:
         "processes": described(placed, cluster, size.device == "cuda"),
         "weights_sent_bytes": sent_bytes,
         "carrier": carrier,
+        "gpu_used_gib": used_gib,
         "rollout_samples_per_s": samples / middle["time/rollout_s"],
         "update_samples_per_s": samples * algo.update_epochs / middle["time/update_s"],
         "ratio_of_first_iteration": first["actor/ratio"],
@@ -217,6 +220,12 @@ def placement(bench: Bench, name: str) -> None:
     }
     if name.startswith("disaggregated") and not cluster.asynchronous:
         bench.record("weight_sync_s", middle["time/sync_s"], None, "s", size.iterations, None, bytes=sent_bytes)
+
+
+def gpu_used_gib(gpu: int) -> float:
+    """By all processes."""
+    free, everything = torch.cuda.mem_get_info(gpu)
+    return (everything - free) / 2**30
 
 
 def pipelining(bench: Bench) -> None:
@@ -270,7 +279,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
     parser.add_argument("--out", type=Path, required=True)
     parts = ["update", *PLACEMENTS]
-    parser.add_argument("--only", nargs="*", default=parts[:-1], choices=parts)
+    parser.add_argument("--only", nargs="*", default=parts[:-2], choices=parts)
     parser.add_argument("--commit", default=None, help="recorded commit, where there is no git")
     parser.add_argument("--carrier", default="", choices=["nccl", "gloo"], help="of samples and weights, not as fits")
     args = parser.parse_args()

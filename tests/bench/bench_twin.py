@@ -146,11 +146,13 @@ class StockEnv:
     with_pictures: bool
 
     def __call__(self) -> Any:
-        os.environ.setdefault("LP_NUM_THREADS", "0")
+        os.environ |= {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}  # as ours: a process a core
         import gymnasium as gym
         import mani_skill.envs  # noqa: F401  registers the tasks
+        import torch
         from mani_skill.utils.wrappers.gymnasium import CPUGymWrapper
 
+        torch.set_num_threads(1)
         env = gym.make(
             "PickCube-v1",
             num_envs=1,

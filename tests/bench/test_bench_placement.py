@@ -28,6 +28,7 @@ def test_tiny_update_and_weights_that_travel(tmp_path):
 @pytest.mark.timeout(300)
 def test_tiny_placements_all_say_who_was_idle(tmp_path):
     names = ["hybrid", "hybrid_pipelined", "collocated", "disaggregated_asynchronous", "collocated_sharded"]
+    names.append("collocated_offload")
     found = run(tmp_path, *names)
     for name in names:
         shares = found["figures"][f"{name}_samples_per_s"]["idle_shares"]
