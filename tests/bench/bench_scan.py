@@ -159,10 +159,7 @@ def policy_pictures(work: Path, size: dict[str, Any], device: torch.device) -> d
     config = load("twin-capture", CaptureConfig, ["source=stand_in"])
     person, embodiment = StandInPhotographer(config.cell, config.embodiment), config.embodiment
     reach, rng = Reach(embodiment.home_joint_pos_rad, min_height_m=0.0), np.random.default_rng(0)
-    still = TwinConfig(randomization=Randomization(0.0, 0.0, 0.0, 0.0, 0.0, 0.0), home_noise_rad=0.0)
-    shown = dataclasses.replace(still, render="splat", splat=SplatConfig(scene=str(work / "scene"), device=str(device)))
-    twins = {"sapien": Twin(still, embodiment), "splat": Twin(shown, embodiment)}
-    found: dict[str, list[dict[str, float]]] = {}
+    states = []  # the photographer first: its GL context and SAPIEN's renderer do not share a process well
     for index in range(size["states"]):
         person.reset(FIRST_SEED + index)
         things = person.bodies(np.array(embodiment.home_joint_pos_rad), 0.08, ["cube", "plate"])
@@ -171,13 +168,19 @@ def policy_pictures(work: Path, size: dict[str, Any], device: torch.device) -> d
         T = pose.pose((1 - share) * np.array([0.42, 0.0, 0.3]) + share * np.array([*xy_m[0], 0.03]), R_DOWN)
         q = reach.joints(T)
         assert q is not None, f"the arm does not reach {T[:3, 3]}"
-        for render, twin in twins.items():
+        states.append((T, opening_m, xy_m, {name: person.shoot(name, q, opening_m) for name in embodiment.cameras}))
+    person.close()
+    still = TwinConfig(randomization=Randomization(0.0, 0.0, 0.0, 0.0, 0.0, 0.0), home_noise_rad=0.0)
+    shown = dataclasses.replace(still, render="splat", splat=SplatConfig(scene=str(work / "scene"), device=str(device)))
+    found: dict[str, list[dict[str, float]]] = {}
+    for render, config in {"sapien": still, "splat": shown}.items():
+        twin = Twin(config, embodiment)
+        for T, opening_m, xy_m, seen in states:
             put(twin, T, opening_m, xy_m)
             for camera, picture in twin.pictures().items():
-                seen = area_resize(person.shoot(camera, q, opening_m)[None], picture.shape[:2])[0]
-                one = scores(torch.from_numpy(picture), torch.from_numpy(seen))
+                small = area_resize(seen[camera][None], picture.shape[:2])[0]
+                one = scores(torch.from_numpy(picture), torch.from_numpy(small))
                 found.setdefault(f"{render} {camera}", []).append(one)
-    person.close()
     figures = {}
     for camera in embodiment.cameras:
         for key, unit, lower in (("psnr_db", "dB", False), ("ssim", "", False), ("edge_distance", "", True)):
