@@ -46,6 +46,7 @@ class FlowConfig:
     noise_anneal_steps: int = 400  # training steps from noise_level to noise_level_end
     joint: bool = False  # every step stochastic; else one step of each sample, drawn uniformly
     ignore_last: bool = False  # never draw the last step as the stochastic one
+    last_steps: int = 0  # draw it among so many at the end; 0: among all
     temperature: float | None = None  # joint: ratio = (path ratio) ** temperature; None: 1 / (K + 1), RLinf's mean
 
     def __post_init__(self):
@@ -54,6 +55,10 @@ class FlowConfig:
             raise ValueError(f"num_steps {self.num_steps}: at least 1")
         if self.ignore_last and self.num_steps < 2:
             raise ValueError("ignore_last needs num_steps of 2 or more: no step would be left")
+        if not 0 <= self.last_steps <= self.num_steps:
+            raise ValueError(f"last_steps {self.last_steps}: allowed are 0 to num_steps ({self.num_steps})")
+        if self.last_steps and (self.joint or self.ignore_last):
+            raise ValueError(f"last_steps {self.last_steps} contradicts joint and ignore_last: leave these false")
         for name in ("noise_level", "noise_level_end"):
             level = getattr(self, name)
             if level is not None and not 0.0 <= level <= 1.0:
@@ -174,8 +179,9 @@ def draw_denoise_index(config: FlowConfig, batch: int, generator: torch.Generato
     steps = config.num_steps
     if config.joint:
         return torch.arange(steps, device=device).expand(batch, steps).clone()
+    first = steps - config.last_steps if config.last_steps else 0
     last = steps - 1 if config.ignore_last else steps
-    drawn = torch.randint(last, (batch, 1), generator=generator, device=_drawing_device(generator, device))
+    drawn = torch.randint(first, last, (batch, 1), generator=generator, device=_drawing_device(generator, device))
     return drawn.to(device).expand(batch, steps).clone()
 
 

@@ -146,17 +146,26 @@ def test_joint_temperature_is_the_power_of_the_path_ratio():
     torch.testing.assert_close(gaps[0] * 5, gaps[1], atol=1e-4, rtol=1e-4)
 
 
-def test_single_step_touches_one_transition_only():
-    config = FlowConfig(num_steps=5, ignore_last=True)
+@pytest.mark.parametrize(("options", "steps"), [({"ignore_last": True}, {0, 1, 2, 3}), ({"last_steps": 2}, {3, 4})])
+def test_single_step_touches_one_transition_only(options, steps):
+    config = FlowConfig(num_steps=5, **options)
     torch.manual_seed(0)
     chain = sample_chain(linear_velocity(), torch.randn(64, 2, 2), config, 0.5)
-    assert chain.denoise_index.max() == 3
+    assert set(chain.denoise_index.flatten().tolist()) == steps
     assert (chain.denoise_index == chain.denoise_index[:, :1]).all()
     for k in range(5):
         x, following = chain.states[:, k], chain.states[:, k + 1]
         euler = x - linear_velocity()(x, torch.full((64,), 1 - k / 5))[0] / 5
         exact = (following - euler).abs().amax((1, 2)) < 1e-5
         assert (exact == (chain.denoise_index[:, 0] != k)).all()
+
+
+def test_options_that_contradict_are_refused():
+    with pytest.raises(ValueError, match="last_steps 6: allowed are 0 to num_steps"):
+        FlowConfig(num_steps=5, last_steps=6)
+    for option in ("joint", "ignore_last"):
+        with pytest.raises(ValueError, match="last_steps 1 contradicts"):
+            FlowConfig(num_steps=5, last_steps=1, **{option: True})
 
 
 def test_flow_ode_rollout_is_the_deployed_path():
