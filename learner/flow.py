@@ -47,6 +47,7 @@ class FlowConfig:
     joint: bool = False  # every step stochastic; else one step of each sample, drawn uniformly
     ignore_last: bool = False  # never draw the last step as the stochastic one
     last_steps: int = 0  # draw it among so many at the end; 0: among all
+    hold: int = 1  # policy steps that share one draw of the noise: what is explored are ways, not jitter about one
     temperature: float | None = None  # joint: ratio = (path ratio) ** temperature; None: 1 / (K + 1), RLinf's mean
 
     def __post_init__(self):
@@ -55,6 +56,8 @@ class FlowConfig:
             raise ValueError(f"num_steps {self.num_steps}: at least 1")
         if self.ignore_last and self.num_steps < 2:
             raise ValueError("ignore_last needs num_steps of 2 or more: no step would be left")
+        if self.hold < 1 or (self.hold > 1 and self.method == "flow_noise"):
+            raise ValueError(f"hold {self.hold}: at least 1, and 1 with flow_noise, whose std is each step's own")
         if not 0 <= self.last_steps <= self.num_steps:
             raise ValueError(f"last_steps {self.last_steps}: allowed are 0 to num_steps ({self.num_steps})")
         if self.last_steps and (self.joint or self.ignore_last):
@@ -157,6 +160,33 @@ def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return torch.where(random, log_prob, torch.zeros_like(log_prob))
 
 
+def held(noise: Tensor, hold: int) -> Tensor:
+    """[..., H, D] with every `hold`-th draw kept for so many policy steps."""
+    if hold == 1:
+        return noise
+    return noise[..., ::hold, :].repeat_interleave(hold, -2)[..., : noise.shape[-2], :]
+
+
+def held_log_prob(value: Tensor, mean: Tensor, std: Tensor, hold: int) -> Tensor:
+    """`gaussian_log_prob` of [B, H, D] where `hold` policy steps share a draw: the density of their mean deviation, at
+    the first of them; 0 at the others. What the noise cannot do has no density and is left out, as the denoising steps
+    without noise are."""
+    if hold == 1:
+        return gaussian_log_prob(value, mean, std)
+    value, mean, std = torch.broadcast_tensors(value.float(), mean.float(), std.float())
+    deviation = torch.stack([part.mean(-2) for part in (value - mean).split(hold, -2)], -2)
+    firsts = gaussian_log_prob(deviation, torch.zeros_like(deviation), std[..., ::hold, :])
+    log_prob = torch.zeros_like(value)
+    log_prob[..., ::hold, :] = firsts
+    return log_prob
+
+
+def first_steps(std: Tensor, hold: int) -> Tensor:
+    """[B, H, D] with 0 at the policy steps that have no draw of their own."""
+    first = torch.arange(std.shape[-2], device=std.device) % hold == 0
+    return std * first[:, None]
+
+
 def gaussian_entropy(std: Tensor) -> Tensor:
     """Element-wise 0.5 ln(2 pi e std^2) in float32; 0 where std is 0."""
     std = std.float()
@@ -222,9 +252,9 @@ def chain_from_noise(
         chosen = (index == k).any(dim=1)
         step_index = torch.full_like(index[:, 0], k)
         mean, std = _kernel(x, v.float(), feature, step_index, chosen, config, noise_level, noise_std)
-        states.append(mean + std * step_noise[k])
+        states.append(mean + std * held(step_noise[k], config.hold))
         features.append(feature)
-        log_probs.append(gaussian_log_prob(states[-1], mean, std))
+        log_probs.append(held_log_prob(states[-1], mean, std, config.hold))
     log_prob = torch.stack(log_probs, dim=1).sum(1)
     if config.joint:
         log_prob = config.joint_temperature * (log_prob + _initial_log_prob(noise))
@@ -253,8 +283,9 @@ def score_chain(
     chosen = torch.ones_like(flat_index, dtype=torch.bool)
     mean, std = _kernel(x, v.float(), feature, flat_index, chosen, config, noise_level, noise_std)
     shape = (batch, index.shape[1], *x.shape[1:])
-    log_prob = gaussian_log_prob(following, mean, std).view(shape).sum(1)
-    entropy = gaussian_entropy(std.expand_as(x)).view(shape).sum(1)
+    log_prob = held_log_prob(following, mean, std, config.hold).view(shape).sum(1)
+    random = std.expand_as(x) if config.hold == 1 else first_steps(std.expand_as(x), config.hold)
+    entropy = gaussian_entropy(random).view(shape).sum(1)
     if config.joint:
         initial_entropy = 0.5 * math.log(2 * math.pi * math.e)
         log_prob = config.joint_temperature * (log_prob + _initial_log_prob(states[:, 0]))

@@ -13,6 +13,8 @@ from learner.flow import (
     draw_denoise_index,
     gaussian_entropy,
     gaussian_log_prob,
+    held,
+    held_log_prob,
     masked_sft_loss,
     sample_chain,
     sample_sft_time,
@@ -160,9 +162,43 @@ def test_single_step_touches_one_transition_only(options, steps):
         assert (exact == (chain.denoise_index[:, 0] != k)).all()
 
 
+def test_held_noise_is_one_draw_and_its_density_that_of_the_mean_deviation():
+    draws = torch.arange(10.0).view(1, 5, 2)
+    assert held(draws, 2)[0, :, 0].tolist() == [0, 0, 4, 4, 8]
+    value = torch.tensor([[[1.0], [3.0], [5.0], [6.0], [2.0]]])
+    found = held_log_prob(value, torch.ones(1, 5, 1), torch.tensor(2.0), 2)
+    # Deviations 0, 2 | 4, 5 | 1: means 1, 4.5 and 1, in standard deviations of 2.
+    expected = [-0.5 * (d / 2) ** 2 - math.log(2) - 0.5 * math.log(2 * math.pi) for d in (1, 4.5, 1)]
+    assert found[0, :, 0].tolist() == pytest.approx([expected[0], 0, expected[1], 0, expected[2]])
+
+
+@pytest.mark.parametrize("hold", [1, 3, 4])
+def test_a_held_chain_scores_as_it_was_drawn(hold):
+    config = FlowConfig(num_steps=5, last_steps=2, hold=hold)
+    torch.manual_seed(0)
+    chain = sample_chain(linear_velocity(), torch.randn(64, 8, 2), config, 0.5)
+    scores = score_chain(linear_velocity(), chain.states, chain.denoise_index, config, 0.5)
+    torch.testing.assert_close(scores.log_prob, chain.log_prob)
+    own = torch.arange(8) % hold == 0
+    assert (scores.log_prob[:, ~own] == 0).all()
+    assert (scores.log_prob[:, own] != 0).all()
+    assert (scores.entropy[:, ~own] == 0).all()
+    # What one draw moves, it moves alike: the deviation from the ODE's step is the same over the steps that share it.
+    last = chain.denoise_index[:, 0] == 4
+    x, following = chain.states[last, 4], chain.states[last, 5]
+    step = transition("flow_sde", 5, 4, 0.5)
+    deviation = following - step_mean(x, linear_velocity()(x, torch.full((len(x),), 0.2))[0], step)
+    for first in range(0, 8, hold):
+        torch.testing.assert_close(
+            deviation[:, first : first + hold], deviation[:, first : first + 1].expand(-1, min(hold, 8 - first), -1)
+        )
+
+
 def test_options_that_contradict_are_refused():
     with pytest.raises(ValueError, match="last_steps 6: allowed are 0 to num_steps"):
         FlowConfig(num_steps=5, last_steps=6)
+    with pytest.raises(ValueError, match="hold 0: at least 1"):
+        FlowConfig(hold=0)
     for option in ("joint", "ignore_last"):
         with pytest.raises(ValueError, match="last_steps 1 contradicts"):
             FlowConfig(num_steps=5, last_steps=1, **{option: True})
