@@ -48,8 +48,8 @@ class SmallPolicyConfig:
     horizon: int = 16  # H, policy steps
     num_action_chunks: int = 8  # C, executed before the next observation is asked
     infer_steps: int = 5  # K of deterministic inference
-    # Loud, and on the last step alone: what earlier steps are moved by, a well-trained policy takes back on its way, and
-    # what is credited must outweigh what the initial noise does uncredited (docs/training.md).
+    # Loud, and on the last step alone: a well-trained policy takes back what moved it at earlier ones, and what is
+    # credited must outweigh what the initial noise does uncredited (docs/training.md).
     flow: FlowConfig = field(default_factory=lambda: FlowConfig(num_steps=5, noise_level=0.6, last_steps=1))
     noise: NoiseConfig = field(default_factory=NoiseConfig)  # read by flow.method=flow_noise only
     noise_draws: int = 2  # M; a demonstration's picture is encoded once for M points of its flow
