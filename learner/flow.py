@@ -61,7 +61,10 @@ class FlowConfig:
         if not 0 <= self.last_steps <= self.num_steps:
             raise ValueError(f"last_steps {self.last_steps}: allowed are 0 to num_steps ({self.num_steps})")
         if self.last_steps and (self.joint or self.ignore_last):
-            raise ValueError(f"last_steps {self.last_steps} contradicts joint and ignore_last: leave these false")
+            raise ValueError(
+                f"last_steps {self.last_steps} contradicts joint {self.joint}, ignore_last {self.ignore_last}: set "
+                "last_steps to 0, or these to false"
+            )
         for name in ("noise_level", "noise_level_end"):
             level = getattr(self, name)
             if level is not None and not 0.0 <= level <= 1.0:

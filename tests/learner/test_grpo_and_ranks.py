@@ -70,7 +70,7 @@ def test_groups_that_never_differ_leave_the_weights_alone():
 
 @pytest.mark.slow  # tests/learner/test_ppo.py has the one that always runs
 def test_grpo_earns_more_without_a_critic():
-    policy = tiny_policy(ignore_last=True)
+    policy = tiny_policy(ignore_last=True, last_steps=0)
     policy.freeze_eyes()
     algo = AlgoConfig(**(GRPO | {"lr": 3e-3, "group_size": 4, "update_epochs": 2, "batch_size": 32}))
     trainer = local_trainer(policy, [PushEnv()], None, algo, 12, 0)

@@ -117,7 +117,17 @@ def whole_update(learner, rollouts):
     return learner.update(rollouts, plan(len(rollouts), learner.config, 1, torch.Generator().manual_seed(6)))
 
 
-@pytest.mark.parametrize("flow", [{}, {"joint": True}, {"method": "flow_cps"}, {"method": "flow_noise", "joint": True}])
+@pytest.mark.parametrize(
+    "flow",
+    [
+        {},
+        {"last_steps": 0},
+        {"hold": 4},
+        {"joint": True, "last_steps": 0},
+        {"method": "flow_cps", "last_steps": 2},
+        {"method": "flow_noise", "joint": True, "last_steps": 0},
+    ],
+)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_scores_of_a_sample_are_those_of_the_rollout(flow, frozen):
     policy = tiny_policy(**flow)
@@ -178,7 +188,7 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(demos_folder, repor
     for name, gradient in combined.items():
         zero = torch.zeros_like(gradient)
         expected = ppo.get(name, zero) + beta * sft.get(name, zero)
-        torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_beta_0_is_ppo_alone_bit_for_bit(demos_folder):
@@ -313,7 +323,7 @@ def test_rollouts_are_whole_episodes_and_bootstrap_through_time_limits_only():
 
 
 def test_ppo_earns_more():
-    policy = tiny_policy()
+    policy = tiny_policy(last_steps=0)  # untrained: noise on any step moves the actions
     policy.freeze_eyes()
     algo = AlgoConfig(
         beta=0.0, lr=3e-3, critic_warmup_steps=2, gamma=0.5, update_epochs=3, batch_size=64, micro_batch_size=64
