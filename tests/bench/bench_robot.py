@@ -112,7 +112,7 @@ class Listener(Watcher):
 def running_cell(folder: Path, file: str, **args: str):
     """A recording stand-in cell with its arm at home, on addresses of its own: (listener, client of the cell)."""
     os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(random.randint(1, 100)), "LOCALHOST"
-    port = random.randint(20_000, 50_000)
+    port = random.randint(20_000, 32_000)  # the kernel gives those from 32768 on to whoever connects
     control, frames = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}"
     all_args = {"host": loopback(), "cell_control": control, "cell_frames": frames, "record": "true"}
     all_args |= {"spool_dir": f"{folder}/spool", "dataset_root": f"{folder}/data"} | args

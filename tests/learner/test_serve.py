@@ -92,7 +92,7 @@ def key_folders(tmp_path):
 
 
 def test_a_served_policy_answers_swaps_by_push_and_ends(tmp_path, embodiment, key_folders):
-    port = random.randint(20_000, 50_000)
+    port = random.randint(20_000, 32_000)  # the kernel gives those from 32768 on to whoever connects
     ends = [f"announce_endpoint=tcp://127.0.0.1:{port}", f"fetch_endpoint=tcp://127.0.0.1:{port + 1}"]
     write(tmp_path / "deployed", embodiment, 1)
     write(tmp_path / "trained", embodiment, 2)

@@ -56,7 +56,7 @@ def browser():
 @pytest.fixture(scope="module")
 def probe(sessions, browser):
     """After the browser, which starts sooner while no arm runs beside it."""
-    domain, port = random.randint(1, 100), random.randint(20_000, 50_000)
+    domain, port = random.randint(1, 100), random.randint(20_000, 32_000)
     os.environ["ROS_DOMAIN_ID"], os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = str(domain), "LOCALHOST"
     args = {"host": loopback(), "cell_control": f"tcp://127.0.0.1:{port}", "cell_frames": f"tcp://127.0.0.1:{port + 1}"}
     args["policy_endpoint"] = f"tcp://127.0.0.1:{port + 2}"

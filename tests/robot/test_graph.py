@@ -101,7 +101,7 @@ class Probe:
     def wait(self, condition, what, timeout_s=PATIENCE_S):
         until_s = time.monotonic() + timeout_s
         while not condition():
-            assert not self.graph.ended(), self.graph.ended()
+            assert not self.graph.ended(), f"{self.graph.ended()} {self.output()[-3000:]}"
             assert time.monotonic() < until_s, f"{what}: not within {timeout_s} s; {self.status}"
             self.executor.spin_once(timeout_sec=0.05)
 
@@ -123,7 +123,7 @@ class Probe:
 
 @pytest.fixture(scope="module")
 def endpoints():
-    port = random.randint(20_000, 50_000)
+    port = random.randint(20_000, 32_000)  # the kernel gives those from 32768 on to whoever connects
     return [f"tcp://127.0.0.1:{port + n}" for n in range(4)]
 
 
