@@ -65,7 +65,8 @@ def train_config(folder, **changes):
     return dataclasses.replace(config, **changes)
 
 
-def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_interruption(folder, toy, monkeypatch):
+def stop_after_two(monkeypatch, config):
+    """A run that somebody interrupts before its third iteration."""
     iterate = Trainer.iterate
 
     def interrupted(self, film):
@@ -73,10 +74,14 @@ def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_inte
             raise KeyboardInterrupt
         return iterate(self, film)
 
-    monkeypatch.setattr(Trainer, "iterate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(train_config(folder))
-    monkeypatch.setattr(Trainer, "iterate", iterate)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "iterate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+
+def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_interruption(folder, toy, monkeypatch):
+    stop_after_two(monkeypatch, train_config(folder))
     with pytest.raises(ValueError, match=r"seed.*resume=false"):
         train(train_config(folder, seed=9))
     figures = train(train_config(folder))
@@ -98,17 +103,8 @@ def test_stage_two_leaves_versions_metrics_and_figures_and_goes_on_after_an_inte
 
 
 def test_a_stopped_stage_two_ends_where_it_is_when_it_has_made_enough(folder, toy, monkeypatch):
-    iterate = Trainer.iterate
-
-    def interrupted(self, film):
-        if self.iteration == 2:
-            raise KeyboardInterrupt
-        return iterate(self, film)
-
     config = {"checkpoint": str(folder / "run/checkpoints/000001"), "stage": "short", "save_every": 10}
-    monkeypatch.setattr(Trainer, "iterate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(train_config(folder, **config))
+    stop_after_two(monkeypatch, train_config(folder, **config))
     before = list(bundles(folder / "run/checkpoints"))
     figures = train(train_config(folder, **config, iterations=1))
     after = list(bundles(folder / "run/checkpoints"))
