@@ -346,7 +346,7 @@ def test_force_over_the_threshold_latches(own, row):
             tick_ns += PERIOD_NS
             wait_for(lambda: cell.now_ns() >= tick_ns, PATIENCE_S, "the tick")  # noqa: B023
             if tick_ns > cell.now_ns() - 200 * MS:
-                driving.arm.command(move(z=-0.03), tick_ns)
+                driving.arm.command(move(z=-0.012), tick_ns)  # fast, it is pressed past both at once
         driving.ends(State.FAULT, row, "pressed on the table", 0.1, "limit breach: force_n")
         row["after"] = "latched while it presses"
 
