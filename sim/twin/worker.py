@@ -250,8 +250,7 @@ class Worker:
         return out | {"seeds": twin.seed, "episode": twin.episode}
 
     def _shown(self, answers: dict[int, dict[str, Any]], final: bool) -> dict[int, dict[str, Any]]:
-        """With what these environments show now. All pictures are begun before the first is waited for: a GPU that
-        many processes draw on has each of them wait for its turn, once instead of once a picture."""
+        """With what these environments show now. All pictures are begun before the first is waited for."""
         for env in answers:
             self.twins[env].draw()
         for env, answer in answers.items():
