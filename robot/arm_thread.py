@@ -19,6 +19,7 @@ from robot.stream import (
     ROBOT_ERRORS,
     ImpedanceStream,
     PositionStream,
+    brake_in_joint_space,
     first_line,
     has_ended,
     set_joint_limits,
@@ -239,9 +240,7 @@ class ArmThread(threading.Thread):
             self.beat_s = time.monotonic()
             self._read()
             if self.driver.machine.state is State.FAULT or self.beat_s > until_s or self.requests.closing.is_set():
-                with suppress(franky.ControlException):  # "Move command preempted!"
-                    self._robot.stop()
-                    self._robot.join_motion(timeout=1.0)
+                brake_in_joint_space(self._robot, self._read)
                 return
             time.sleep(0.01)
 

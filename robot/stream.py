@@ -79,9 +79,7 @@ class PositionStream:
             return
         robot = self._robot
         _wait(robot, lambda: has_ended(robot) or self.is_settled(time_ms(robot.state)), meanwhile)
-        if not has_ended(robot):
-            robot.move(franky.JointStopMotion(), asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
-            _wait(robot, lambda: has_ended(robot), meanwhile)
+        brake_in_joint_space(robot, meanwhile)
 
 
 class ImpedanceStream:
@@ -106,7 +104,11 @@ class ImpedanceStream:
         self._tracker.set_target(franky.Affine(T_base_target))
 
     def stop(self, meanwhile: Callable[[], None]) -> None:
-        """Torques only damp: an arm that is pulled gives way without an end, so the robot's own brake takes over."""
+        """Torques only damp: an arm that is pulled gives way without an end, so the robot's own brake takes over.
+
+        Only here, since libfranka may crash on `Robot.stop`: this thread's request and the control thread's answer to
+        what it does change one table, each outside its lock.
+        """
         robot = self._robot
         if has_ended(robot):
             return
@@ -117,6 +119,13 @@ class ImpedanceStream:
             with suppress(franky.ControlException, franky.CommandException):  # preempted, or it has just ended
                 robot.stop()
                 robot.join_motion(timeout=STOP_TIMEOUT_S)
+
+
+def brake_in_joint_space(robot: franky.Robot, meanwhile: Callable[[], None]) -> None:
+    """Brake a motion in joint space and wait for its end. Raises what it ended with instead."""
+    if not has_ended(robot):
+        robot.move(franky.JointStopMotion(), asynchronous=True, cutoff_frequency=NO_FILTER_HZ)
+        _wait(robot, lambda: has_ended(robot), meanwhile)
 
 
 def set_joint_limits(robot: franky.Robot) -> None:

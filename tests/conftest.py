@@ -70,6 +70,15 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=order)
 
 
+@pytest.fixture(autouse=True)
+def ordinary_priority():
+    """Constructing a `franky.Robot` makes a thread real-time: one that stays so takes the machine from all others."""
+    yield
+    policy = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    assert policy == os.SCHED_OTHER
+
+
 def pytest_sessionfinish(session, exitstatus):
     session.config.stash[EXIT_STATUS] = int(exitstatus)
 

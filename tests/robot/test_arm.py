@@ -207,6 +207,19 @@ def test_a_short_pause_of_the_states_holds_and_goes_on(arm, cell):
     assert arm.snapshot().state is not State.FAULT
 
 
+def test_a_stop_on_the_way_home_brakes_the_arm(arm, cell):
+    play(arm, cell, [move(0.03)] * 4)
+    pos_m = lambda: arm.snapshot().sample.T_base_tcp[:3, 3]  # noqa: E731
+    begun_m, going = pos_m(), arm.home()
+    wait_for(lambda: np.linalg.norm(pos_m() - begun_m) > 0.01, PATIENCE_S, "a motion home")
+    arm.stop()
+    with pytest.raises(RuntimeError, match="away from home"):
+        going.result(PATIENCE_S)
+    assert cell.cell.robot.motion is None
+    assert (arm.snapshot().state, arm.snapshot().reason) == (State.FAULT, "stop requested")
+    arm.acknowledge().result(PATIENCE_S)
+
+
 @pytest.mark.parametrize("death", ["freeze", pytest.param("close", marks=pytest.mark.slow)])
 def test_a_dead_robot_is_a_lost_link_and_comes_back_by_acknowledgement(death):
     address = loopback()

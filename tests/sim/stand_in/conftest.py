@@ -41,9 +41,10 @@ class RunningCell:
     def robot(self) -> franky.Robot:
         """Ready to move at a third of its limits."""
         gc.collect()  # a failed test's traceback may still hold the last client; the cell serves one
-        robot = franky.Robot(self.address, realtime_config=franky.RealtimeConfig.Ignore)
-        # The client makes the thread that constructs it real-time: put it back.
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        try:
+            robot = franky.Robot(self.address, realtime_config=franky.RealtimeConfig.Ignore)
+        finally:  # the client makes the thread that constructs it real-time, refused or not: put it back
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         robot.relative_dynamics_factor = 0.3
         assert robot.recover_from_errors()
         robot.set_collision_behavior(20.0, 20.0)

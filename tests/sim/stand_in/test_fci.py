@@ -1,6 +1,8 @@
 """The unmodified franky client against the cell, as against an arm."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import franky
@@ -14,6 +16,22 @@ from tests.robot.cell import wait_for
 from tests.sim.stand_in.conftest import RunningCell, start_cell
 
 HOME = [0.0, -0.2754, 0.0, -2.5895, 0.0, 2.3141, 0.785398]
+
+STOP = f"""
+import sys, time, franky
+robot = franky.Robot(sys.argv[1], realtime_config=franky.RealtimeConfig.Ignore)
+assert robot.recover_from_errors()
+robot.relative_dynamics_factor = 0.3
+robot.move(franky.JointMotion({HOME}))
+robot.relative_dynamics_factor = 0.02
+robot.move(franky.JointMotion([q + 0.3 for q in {HOME}]), asynchronous=True)
+time.sleep(0.1)
+robot.stop()
+try:
+    robot.join_motion()
+except franky.ControlException as error:
+    print("preempted" if "preempted" in str(error) else error)
+"""
 
 
 @pytest.fixture
@@ -142,13 +160,13 @@ def test_user_stop(robot, cell):
     robot.move(franky.JointMotion(HOME))
 
 
-def test_stop_preempts(robot):
-    robot.relative_dynamics_factor = 0.02
-    robot.move(franky.JointMotion((np.array(HOME) + 0.3).tolist()), asynchronous=True)
-    time.sleep(0.1)
-    robot.stop()
-    with pytest.raises(franky.ControlException, match="preempted"):
-        robot.join_motion()
+def test_stop_preempts(cell):
+    """In a process of its own: libfranka may crash on `Robot.stop` (see `robot.stream`), about once in 10,000 times."""
+    for _ in range(3):
+        stopped = subprocess.run([sys.executable, "-c", STOP, cell.address], capture_output=True, text=True)
+        if stopped.returncode >= 0:
+            break
+    assert (stopped.returncode, stopped.stdout) == (0, "preempted\n"), stopped.stderr
 
 
 def test_setters_are_refused_in_motion_and_stored_at_rest(robot):
@@ -163,25 +181,36 @@ def test_setters_are_refused_in_motion_and_stored_at_rest(robot):
     time.sleep(0.1)
     with pytest.raises(franky.CommandException, match="Move"):
         robot.set_collision_behavior(30.0, 30.0)
-    robot.stop()
+    robot.move(franky.JointStopMotion())
 
 
 def test_streaming_absolute_targets_at_20_hz(timed_cell):
     """40 mm sine at 0.25 Hz for 4 s: one session, less than a millimetre rms apart from the lag.
 
-    All in simulated time: a loaded machine makes it slow, not wrong.
+    All in simulated time: a loaded machine makes it slow, not wrong. But a machine that keeps this thread alone from
+    its work (seen once) makes targets late, and what is streamed then is not a sine at 20 Hz: once more.
     """
     robot = timed_cell.robot()
+    for _ in range(5):
+        rms_m, late_s = stream_a_sine(robot)
+        if late_s < 0.02:
+            break
+    assert rms_m < 1e-3, f"the latest target came {late_s:.3f} s late"
+
+
+def stream_a_sine(robot: franky.Robot) -> tuple[float, float]:
+    """How far the path was from the sine (m, rms, at the best lag), and by how much the latest target was late (s)."""
     robot.move(franky.JointMotion(HOME))
     T, begin_s = tcp(robot), robot.state.time.to_sec()
 
     def wanted_m(at_s: np.ndarray | float) -> np.ndarray | float:
         return T[1, 3] + 0.04 * np.sin(2 * np.pi * 0.25 * (at_s - begin_s))
 
-    measured = []
+    measured, late_s = [], 0.0
     for n in range(80):
-        goal = T.copy()
-        goal[1, 3] = wanted_m(robot.state.time.to_sec())
+        goal, now_s = T.copy(), robot.state.time.to_sec()
+        late_s = max(late_s, now_s - begin_s - 0.05 * n)
+        goal[1, 3] = wanted_m(now_s)
         robot.move(franky.CartesianMotion(franky.Affine(goal), return_when_finished=False), asynchronous=True)
         while (state := robot.state).time.to_sec() < begin_s + 0.05 * (n + 1):
             time.sleep(0.002)
@@ -190,7 +219,7 @@ def test_streaming_absolute_targets_at_20_hz(timed_cell):
     robot.move(franky.CartesianStopMotion())
     at_s, y_m = np.array(measured[20:]).T
     rms_m = [np.sqrt(np.mean((wanted_m(at_s - lag_s) - y_m) ** 2)) for lag_s in np.arange(0.02, 0.3, 0.005)]
-    assert min(rms_m) < 1e-3
+    return float(min(rms_m)), late_s
 
 
 def test_a_short_pause_is_waited_out_and_a_long_one_is_a_lost_link(timed_cell):
@@ -228,7 +257,7 @@ def test_a_killed_cell_is_a_network_error_and_cell_gone():
 
 def test_a_second_client_is_turned_away(robot, cell):
     with pytest.raises(franky.NetworkException):
-        franky.Robot(cell.address, realtime_config=franky.RealtimeConfig.Ignore)
+        cell.robot()
     robot.move(franky.JointMotion(HOME))
 
 
