@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # at test sizes threads wait for 
 EXIT_STATUS = pytest.StashKey[int]()
 
 # Files that one process runs one after the other: emulated arms live at 1 kHz and share the machine with no second one,
-# and the twin's tests share one rendering twin. Every other file is for whoever is free.
+# the twin's tests share one rendering twin, and those of pi0 an import of ten seconds. Every other file is for whoever
+# is free.
 TOGETHER = {
     "arms": (
         "tests/robot/",
@@ -23,8 +24,9 @@ TOGETHER = {
         "tests/learner/test_serve.py",
     ),
     "twin": ("tests/sim/twin/",),
+    "pi0": ("tests/learner/pi0/",),
 }
-LONGEST_FIRST = ("arms", "twin", "tests/learner/", "tests/bridge/")  # so that both processes end together
+LONGEST_FIRST = ("arms", "twin", "pi0", "tests/learner/", "tests/bridge/")  # so that both processes end together
 LAST = "tests/sim/twin/test_vector_env.py"  # its own processes: beside the arms they take three times as long
 
 

@@ -121,7 +121,12 @@ EXPERT_CRITIC = dict(add_value_head=True, value_after_vlm=False)
 
 @pytest.mark.parametrize("variant", ["pi05", pytest.param("pi0", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "options", [WHOLE, WHOLE | ADAPTED, EXPERT_CRITIC, ADAPTED | EXPERT_CRITIC, WHOLE | dict(add_value_head=True)]
+    "options",
+    [
+        WHOLE | dict(add_value_head=True),
+        ADAPTED | EXPERT_CRITIC,
+        *(pytest.param(options, marks=pytest.mark.slow) for options in (WHOLE, WHOLE | ADAPTED, EXPERT_CRITIC)),
+    ],
 )
 def test_gradient_checkpointing_changes_nothing(variant, options):
     """Losses of SFT and PPO, and all gradients: whole model, frozen prefix, adapters, either critic, learned noise."""
