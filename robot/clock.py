@@ -16,14 +16,15 @@ class RobotClock:
     """ROS time in nanoseconds, never going back.
 
     On a real cell that is the system clock. With `use_sim_time` ROS only knows the last `/clock` message; between two
-    messages this goes on at the pace of the last ones, so that a 200 Hz clock gives ticks better than 5 ms. One thread
-    may sleep by it.
+    messages this goes on at the pace of the last ones, so that a 200 Hz clock gives ticks better than 5 ms. Any thread
+    may ask, one may sleep by it.
     """
 
     def __init__(self, node: Node):
         self._simulated = bool(node.get_parameter("use_sim_time").value)
         self._anchors: deque[tuple[float, int]] = deque(maxlen=20)  # (steady s, ROS ns)
         self._last_ns = self._wanted_ns = 0
+        self._lock = threading.Lock()  # a world that is started anew must not meet a reader of the last one's time
         self._reached = threading.Event()  # a /clock message has come to what `sleep_until` waits for
         self._clock = node.get_clock()
         if self._simulated:
@@ -34,16 +35,21 @@ class RobotClock:
         """0 before the first `/clock` message."""
         if not self._simulated:
             return time.time_ns()
-        if not self._anchors:
-            return 0
-        steady_s, ros_ns = self._anchors[-1]
-        ahead_ns = min(MAX_AHEAD_NS, (time.monotonic() - steady_s) * self.pace * 1e9)
-        self._last_ns = max(self._last_ns, ros_ns + int(ahead_ns))
-        return self._last_ns
+        with self._lock:
+            if not self._anchors:
+                return 0
+            steady_s, ros_ns = self._anchors[-1]
+            ahead_ns = min(MAX_AHEAD_NS, (time.monotonic() - steady_s) * self._pace() * 1e9)
+            self._last_ns = max(self._last_ns, ros_ns + int(ahead_ns))
+            return self._last_ns
 
     @property
     def pace(self) -> float:
         """ROS seconds in a wall second."""
+        with self._lock:
+            return self._pace()
+
+    def _pace(self) -> float:
         if not self._simulated or len(self._anchors) < 2:
             return 1.0
         (first_s, first_ns), (last_s, last_ns) = self._anchors[0], self._anchors[-1]
@@ -67,9 +73,10 @@ class RobotClock:
 
     def _on_time(self, jump) -> None:
         ros_ns = self._clock.now().nanoseconds
-        if self._anchors and ros_ns < self._anchors[-1][1]:  # the world was started anew
-            self._anchors.clear()
-            self._last_ns = 0
-        self._anchors.append((time.monotonic(), ros_ns))
+        with self._lock:
+            if self._anchors and ros_ns < self._anchors[-1][1]:  # the world was started anew
+                self._anchors.clear()
+                self._last_ns = 0
+            self._anchors.append((time.monotonic(), ros_ns))
         if ros_ns >= self._wanted_ns:
             self._reached.set()

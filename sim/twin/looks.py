@@ -35,7 +35,6 @@ class ShownEnv(BaseEnv):
     table: Actor
     goal: Actor
     room: Actor
-    _is_drawing = False
 
     def _absent(self) -> list[Actor]:
         """Bodies that take no part in this episode."""
@@ -90,17 +89,10 @@ class ShownEnv(BaseEnv):
         """SAPIEN's, uint8 [H, W, 3] for each camera."""
         return {name: area_mean(rgba, self.twin.supersampling) for name, (rgba,) in self._drawn("Color").items()}
 
-    def draw(self) -> None:
-        """Begin with SAPIEN's pictures of this moment, which are waited for where they are asked for."""
+    def _drawn(self, *textures: str) -> dict[str, list[np.ndarray]]:
         self.scene.sub_scenes[0].update_render()
         for camera in self._render_cameras.values():
             camera.take_picture()
-        self._is_drawing = True
-
-    def _drawn(self, *textures: str) -> dict[str, list[np.ndarray]]:
-        if not self._is_drawing:
-            self.draw()
-        self._is_drawing = False
         return {n: [camera.get_picture(texture) for texture in textures] for n, camera in self._render_cameras.items()}
 
     @property

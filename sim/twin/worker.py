@@ -48,9 +48,6 @@ class Episodes(ABC):
     def move(self, action: np.ndarray) -> None:
         """A policy step that counts for nothing: float64 [7]. Afterwards `facts` are new."""
 
-    def draw(self) -> None:  # noqa: B027  most worlds draw when they are asked
-        """Begin with the pictures of this moment, where that goes on by itself: `pictures` or `view` is asked next."""
-
     @abstractmethod
     def pictures(self) -> dict[str, np.ndarray]:
         """uint8 [H, W, 3] for each camera; empty without rendering."""
@@ -138,10 +135,6 @@ class Twin(Episodes):
 
     def reward(self) -> float:
         return self.env.dense_reward(self.facts) if self.config.reward == "dense" else super().reward()
-
-    def draw(self) -> None:
-        if self.sapien_draws:
-            self.env.draw()
 
     def pictures(self) -> dict[str, np.ndarray]:
         if not self.render or not self.config.draws_splats:
@@ -250,9 +243,7 @@ class Worker:
         return out | {"seeds": twin.seed, "episode": twin.episode}
 
     def _shown(self, answers: dict[int, dict[str, Any]], final: bool) -> dict[int, dict[str, Any]]:
-        """With what these environments show now. All pictures are begun before the first is waited for."""
-        for env in answers:
-            self.twins[env].draw()
+        """With what these environments show now."""
         for env, answer in answers.items():
             twin = self.twins[env]
             now = {"state": twin.state, "instruction": twin.instruction, "view": twin.view()}

@@ -65,6 +65,23 @@ def test_a_message_that_came_too_early_makes_no_sleep_a_spin(node, monkeypatch):
     assert not sleeper.is_alive()
 
 
+def test_a_world_that_begins_anew_while_time_is_asked_for_leaves_no_old_time(node, monkeypatch):
+    robot_clock, steady_s, anew = clock.RobotClock(node), clock.time.monotonic, []
+
+    def in_between() -> float:
+        if not anew:
+            anew.append(threading.Thread(target=node.get_clock().set_ros_time_override, args=(Time(nanoseconds=S),)))
+            anew[0].start()
+            anew[0].join(0.1)
+        return steady_s()
+
+    node.get_clock().set_ros_time_override(Time(nanoseconds=1000 * S))
+    monkeypatch.setattr(clock.time, "monotonic", in_between)
+    robot_clock.now_ns()
+    anew[0].join()
+    assert robot_clock.now_ns() < 2 * S
+
+
 @pytest.mark.parametrize("began", [False, True])
 def test_time_that_has_not_begun_or_stands_still_makes_no_sleep_a_spin(node, monkeypatch, began):
     monkeypatch.setattr(clock, "SLEEP_S", 3600.0)
