@@ -23,6 +23,7 @@ from learner.flow import (
 )
 from learner.noise import NoiseConfig, NoiseHead
 from learner.pi0.adapters import LoraConfig, add_adapters
+from learner.pi0.augment import AugmentConfig, augment
 from learner.pi0.config import ModelConfig
 from learner.pi0.graphs import Graphed
 from learner.pi0.inputs import Tokenizer, load_tokenizer, pad_width, prepare_images, prompts, tokenize
@@ -56,6 +57,7 @@ class Pi0Config:
 
     train_expert_only: bool = True  # freeze vision tower and language model
     freeze_vision: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # pictures of demonstrations
     sft_padded_dims: bool = False  # also regress the padded action dims, as openpi and RLinf do
 
     add_value_head: bool = False
@@ -247,6 +249,7 @@ class Pi0Policy(nn.Module):
         t = sample_sft_time(len(actions), generator, self.device)
         x, target = sft_pair(actions, noise, t)
         images, image_mask, tokens, token_mask, state = self._inputs(batch.observation)
+        images = augment(images, self.config.cameras, self.config.augment, generator)
         with torch.set_grad_enabled(not self.config.prefix_is_frozen and torch.is_grad_enabled()):
             prefix = self.model.prefix(images, image_mask, tokens, token_mask)
         v, _ = self.model.velocity(prefix, state, x, t)

@@ -10,7 +10,7 @@ from learner.noise import NoiseConfig
 from learner.pi0.adapters import LoraConfig
 from learner.pi0.inputs import pad_width
 from learner.policy import SftBatch
-from tests.learner.pi0.test_policy import assert_same, gradients, make, no_padding, observation
+from tests.learner.pi0.test_policy import PLAIN, assert_same, gradients, make, no_padding, observation
 
 KINDS = ["flow_ode", "flow_sde", "flow_cps", "flow_noise", "reinflow"]
 
@@ -150,7 +150,7 @@ def test_sft_loss_by_hand_and_masked_past_the_episodes_end():
     is_pad = torch.zeros(3, 6, dtype=torch.bool)
     is_pad[0, 4:], is_pad[2, 1:] = True, True
     for padded_dims, dims in ((False, 7), (True, 32)):
-        policy = make(sft_padded_dims=padded_dims)
+        policy = make(sft_padded_dims=padded_dims, augment=PLAIN)
         draw = torch.Generator().manual_seed(1)
         target_actions = pad_width(policy.action_normaliser(actions), 32)
         noise, t = torch.randn(3, 6, 32, generator=draw), sample_sft_time(3, draw, "cpu")

@@ -24,6 +24,7 @@ from learner.pi0.normalise import Normaliser
 from learner.pi0.policy import Pi0Config, Pi0Policy
 from learner.pi0.weights import load_released, released_names, to_released
 from learner.policy import ObservationBatch, SftBatch
+from tests.learner.pi0.test_policy import PLAIN
 from tests.learner.pi0.words import ByteTokenizer
 
 TOLERANCE = 1e-5
@@ -223,7 +224,9 @@ def test_config_from_what_lerobot_saves(pair, peer_folder):
 def test_sft_loss(pair, peer_folder):
     peer, _ = pair
     folder, before, _ = peer_folder
-    policy = load_lerobot(folder, Embodiment(), our_config(peer, train_expert_only=False), ByteTokenizer())
+    policy = load_lerobot(
+        folder, Embodiment(), our_config(peer, train_expert_only=False, augment=PLAIN), ByteTokenizer()
+    )
     seen, actions = observation(), torch.rand(2, 6, 7)
     draw = torch.Generator().manual_seed(4)
     noise, u = torch.randn(2, 6, 32, generator=draw), torch.rand(2, generator=draw)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from bridge.config import CONFIG_DIR
 from bridge.embodiment import Embodiment
 from learner.flow import FlowConfig
+from learner.pi0.augment import AugmentConfig
 from learner.pi0.config import GemmaConfig, ModelConfig, tiny
 from learner.pi0.inputs import load_tokenizer, prepare_images, prompts
 from learner.pi0.normalise import Normaliser
@@ -22,6 +23,7 @@ from learner.value_head import ValueHead, pool_prefix
 from tests.learner.pi0.words import ByteTokenizer
 
 PREFIX_PARTS = ("model.vision", "model.embed", "model.language")
+PLAIN = AugmentConfig(crop=1.0, rotate_deg=0.0, brightness=0.0, contrast=0.0, saturation=0.0)  # pictures as they are
 UNITS = Normaliser("QUANTILES", {"q01": -torch.ones(7), "q99": torch.linspace(0.5, 2.0, 7)})
 
 

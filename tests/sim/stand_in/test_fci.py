@@ -161,7 +161,7 @@ def test_user_stop(robot, cell):
 
 
 def test_stop_preempts(cell):
-    """In a process of its own: libfranka may crash on `Robot.stop` (see `robot.stream`; once in a CI run, not in 7,600 tries)."""
+    """In a process of its own: libfranka may crash on `Robot.stop` (see `robot.stream`; once, not in 7,600 tries)."""
     for _ in range(3):
         stopped = subprocess.run([sys.executable, "-c", STOP, cell.address], capture_output=True, text=True)
         if stopped.returncode >= 0:
