@@ -47,8 +47,12 @@ TRIED = [f"cell.layout.cube_pos_m={WIDE_M[0]}", f"cell.layout.cube_spread_m={WID
 TAUGHT = ["cell.layout.cube_pos_m=[0.36,0.20]"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STAGE_1 = {"stand_in_sft": ("real",), "twin_sft": ("sim",), "mixed_sft": ("sim", "real")}
-# 48 episodes are some 400 queries: two steps an epoch. The time limit is the task's own: who is late has failed.
-ALGO = ["algo.bootstrap_truncation=false", "algo.update_epochs=6", "algo.target_kl=0.1"]
+# 48 episodes are some 400 queries: two steps an epoch. The time limit is the task's own: who is late has failed. What
+# is explored are ways: the executed steps of a chunk share a draw, which may then be softer (docs/training.md).
+ALGO = [
+    *("algo.bootstrap_truncation=false", "algo.update_epochs=6", "algo.target_kl=0.1"),
+    *("policy.flow.last_steps=1", "policy.flow.hold=8", "noise_level=0.25"),
+]
 ADAPTIVE = ["algo.beta=0.2", "algo.sft_gradient_share=0.3"]
 STAGE_2 = {  # arm -> (Stage I it starts from, keys)
     "twin_sft+ppo": ("twin_sft", ["algo.beta=0"]),
