@@ -78,10 +78,13 @@ class _Request:
     """Something asked of the workers and not yet answered. parts: (worker, its incarnation, environments)."""
 
     what: str
-    ids: list[int]
-    num_actions: int = 0
+    arguments: dict[int, Any]  # of each environment
     parts: list[tuple[int, int, list[int]]] = field(default_factory=list)
     answers: Answers = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.arguments)
 
 
 class TwinVectorEnv:
@@ -138,7 +141,7 @@ class TwinVectorEnv:
         self._local = local(self._setups[0]) if num_workers == 0 else None
         self._incarnations = [0] * num_workers
         self._workers = [start(setup) for setup in self._setups] if num_workers else []
-        self._fresh: list[Answers] = [{} for _ in self._setups]  # first observations after a worker was replaced
+        self._untold: Answers = {}  # new episodes of environments whose last was lost, and nobody knows it yet
 
     def reset(self, seeds: Sequence[int] | None = None, env_ids: Sequence[int] | None = None) -> TwinObservation:
         """Begin episodes of the given seeds, one for each environment (None: the next of their streams)."""
@@ -153,6 +156,8 @@ class TwinVectorEnv:
             starts = [(int(seed), None) for seed in seeds]
         request = self._ask("reset", ids, starts)
         self._complete(request)
+        for env in ids:
+            self._untold.pop(env, None)  # given up before anybody saw it
         return self._observations(request)[0]
 
     def step_chunk(self, actions: np.ndarray, env_ids: Sequence[int] | None = None) -> ChunkResult:
@@ -243,32 +248,36 @@ class TwinVectorEnv:
         """One message to each worker concerned."""
         if what != "step" and self._requests:
             raise ValueError(f"chunks are under way: recv() them before {what}()")
-        argument_of = dict(zip(ids, [None] * len(ids) if arguments is None else arguments, strict=True))
-        request = _Request(what, ids, len(argument_of[ids[0]]) if what == "step" else 0)
+        request = _Request(what, dict(zip(ids, [None] * len(ids) if arguments is None else arguments, strict=True)))
+        if what == "step":
+            request.answers = self._lost(request, [env for env in ids if env in self._untold])
         for worker, setup in enumerate(self._setups):
-            envs = [env for env in ids if env in setup.env_ids]
+            envs = [env for env in ids if env in setup.env_ids and env not in request.answers]
             if not envs:
                 continue
-            values = [argument_of[env] for env in envs]
             if self._local is not None:
-                request.answers |= self._local.serve(what, envs, values)
+                request.answers |= self._local.serve(what, envs, [request.arguments[env] for env in envs])
                 continue
             request.parts.append((worker, self._incarnations[worker], envs))
-            with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is awaited
-                self._workers[worker][1].send((what, envs, values))
+            self._tell(worker, request, envs)
         return request
+
+    def _tell(self, worker: int, request: _Request, envs: list[int]) -> None:
+        with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is awaited
+            self._workers[worker][1].send((request.what, envs, [request.arguments[env] for env in envs]))
 
     def _complete(self, request: _Request) -> None:
         """Wait for all answers. Raises RuntimeError with the worker's traceback when it failed."""
         for worker, incarnation, envs in request.parts:
+            answer = None
             if incarnation == self._incarnations[worker]:
                 answer = self._answer(worker)
-                if answer is not None:
-                    request.answers |= answer
-                    continue
-                log.error("twin worker %d died; the episodes of environments %s are dropped", worker, envs)
-                self._replace(worker)
-            request.answers |= {env: _lost(request.num_actions) | self._fresh[worker][env] for env in envs}
+                if answer is None:
+                    self._replace(worker)
+                    if request.what != "step":  # is as well asked of the new worker
+                        self._tell(worker, request, envs)
+                        answer = self._first_answer(worker)
+            request.answers |= self._lost(request, envs) if answer is None else answer
         for env, answer in request.answers.items():
             self._episodes[env] = answer.get("episode", self._episodes[env])
 
@@ -289,19 +298,27 @@ class TwinVectorEnv:
 
     def _replace(self, worker: int) -> None:
         """A new process with fresh episodes in all environments of the dead one."""
+        envs = list(self._setups[worker].env_ids)
+        log.error("twin worker %d died; the episodes of environments %s are dropped", worker, envs)
         process, pipe = self._workers[worker]
         process.kill()
         process.join()
         pipe.close()
         self._incarnations[worker] += 1
-        envs = list(self._setups[worker].env_ids)
         setup = replace(self._setups[worker], begun=tuple(int(n) + 1 for n in self._episodes[envs]))
         self._workers[worker] = start(setup)
-        self._workers[worker][1].send(("reset", envs, [(None, None)] * len(envs)))
-        fresh = self._answer(worker)
-        if fresh is None:
+        self._tell(worker, _Request("reset", dict.fromkeys(envs, (None, None))), envs)
+        self._untold |= self._first_answer(worker)
+
+    def _first_answer(self, worker: int) -> Answers:
+        answer = self._answer(worker)
+        if answer is None:
             raise RuntimeError(f"twin worker {worker} died twice in a row; its own error output says why")
-        self._fresh[worker] = fresh
+        return answer
+
+    def _lost(self, request: _Request, envs: list[int]) -> Answers:
+        """A step's answers where a worker died: nothing was done, a new episode begins."""
+        return {env: _nothing(len(request.arguments[env])) | self._untold.pop(env) for env in envs}
 
     def _observations(self, request: _Request) -> tuple[TwinObservation, TwinObservation]:
         """What is seen now, and the last of the episodes that the request belonged to."""
@@ -321,6 +338,6 @@ class TwinVectorEnv:
         return TwinObservation(now, state, said), TwinObservation(last, final_state, final_said)
 
 
-def _lost(num_actions: int) -> dict[str, Any]:
+def _nothing(num_actions: int) -> dict[str, Any]:
     nothing = {key: np.zeros(num_actions, bool) for key in ("terminated", "truncated", "valid")}
     return nothing | {"reward": np.zeros(num_actions, np.float32), "success": False, "episode_len": 0, "lost": True}

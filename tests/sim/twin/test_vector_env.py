@@ -180,6 +180,38 @@ def test_workers_give_the_same_and_a_dead_one_is_replaced(embodiment, caplog):
     assert not victim.is_alive()
 
 
+def kill_worker(env: TwinVectorEnv) -> None:
+    process = env._workers[0][0]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.timeout(300)  # three imports of ManiSkill
+def test_a_dead_worker_costs_all_its_environments_their_episodes_and_a_reset_nothing(embodiment, caplog):
+    still = np.zeros((2, 3, 7), np.float32)
+    with TwinVectorEnv(TwinConfig(), embodiment, 2, 1, auto_reset=False, render=False) as env:
+        wanted = env.reset([11, 8]).state
+        env.step_chunk(still)
+        kill_worker(env)
+        assert np.array_equal(env.reset([11], [0]).state, wanted[:1])
+        assert "environments [0, 1]" in caplog.text
+        result = env.step_chunk(still)
+        assert result.seeds[0] == 11
+        assert result.lost.tolist() == [False, True]  # seed 8 went with the worker, which nobody was told yet
+        assert result.episode_len.tolist() == [3, 0]
+        result = env.step_chunk(still)
+        assert result.lost.tolist() == [False, False]
+        assert result.episode_len.tolist() == [6, 3]
+
+        kill_worker(env)
+        assert "T_base_target" in env.info_poses([0])[0]  # of the new worker
+        for alone in ([0], [1]):
+            result = env.step_chunk(still[:1], alone)
+            assert result.lost.tolist() == [True]
+            assert not result.valid.any()
+        assert not env.step_chunk(still).lost.any()
+
+
 def test_groups_share_their_start_states(embodiment):
     with pytest.raises(ValueError, match="multiple"):
         TwinVectorEnv(TwinConfig(), embodiment, 3, 0, group_size=2, render=False)
