@@ -10,6 +10,7 @@ Raw pictures are faster on loopback and gigabit (compressing costs more than sen
 import functools
 import importlib
 import io
+import struct
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -115,7 +116,7 @@ def open_picture(data: memoryview, coding: str, shape: tuple[int, ...]) -> np.nd
             if coding == "jpeg" and (simplejpeg := _library("simplejpeg")):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB")
             return np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, IndexError, struct.error, pillow.DecompressionBombError) as error:
         raise CorruptData(f"a picture that does not decode: {error}") from error
 
 

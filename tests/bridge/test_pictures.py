@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -27,9 +29,12 @@ def test_what_does_not_decode_is_corrupt_data():
     good = compress(smooth(), "jpeg")
     gif = io.BytesIO()
     Image.fromarray(smooth()).save(gif, format="GIF")
+    whole = bytes(compress(smooth(), "png").data)
+    gamma = struct.pack(">I", 0) + b"gAMA" + struct.pack(">I", zlib.crc32(b"gAMA"))  # a chunk without its number
     for data, coding, shape in [
         (good.data[:100], "jpeg", (48, 64, 3)),
         (b"", "png", (48, 64, 3)),
+        (whole[:-12] + gamma + whole[-12:], "png", (48, 64, 3)),
         (good.data, "png", (48, 64, 3)),
         (good.data, "jpeg", (48, 65, 3)),  # the data's own header says another size
         (good.data, "jpeg", (48, 64)),
