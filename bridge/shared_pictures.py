@@ -77,7 +77,7 @@ class PictureReader:
             field(offer, "pid", int),
             field(offer, "fd", int),
             field(offer, "size", int),
-            offer["proof"],
+            field(offer, "proof", bytes),
         )
         path = f"/proc/{pid}/fd/{fd}"
         # Looked at before it is opened: the name could be anything of that process, and opening some things acts.

@@ -81,6 +81,7 @@ def test_only_the_memory_that_was_meant_is_opened(writer, tmp_path):
         os.ftruncate(bare, offer["size"])
         wrong = [
             offer | {"proof": bytes(16)},  # another's memory
+            offer | {"proof": None},
             offer | {"size": offer["size"] - 1},
             offer | {"fd": file.fileno()},  # a file
             offer | {"fd": bare},  # could be cut short under the reader
@@ -118,8 +119,9 @@ def test_a_policy_sees_the_same_pictures_either_way(options, shared):
     assert all(np.array_equal(one, picture[:, ::-1]) for one in seen)
 
 
-def test_pictures_stay_on_the_socket_where_the_memory_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr(PictureWriter, "offer", lambda self: {"pid": 1, "fd": 0, "size": 100, "proof": b"elsewhere"})
+@pytest.mark.parametrize("proof", [{"proof": b"elsewhere"}, {}])
+def test_pictures_stay_on_the_socket_where_the_memory_cannot_be_reached(monkeypatch, proof):
+    monkeypatch.setattr(PictureWriter, "offer", lambda self: {"pid": 1, "fd": 0, "size": 100} | proof)
     with serving() as server, client_of(server.endpoint, shared_pictures=True) as client:
         client.wait_ready(5)
         assert not client.stats()["shared_pictures"]
