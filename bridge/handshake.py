@@ -246,7 +246,7 @@ class ListenerEnd:
                 self._greet(route, key, message.body)
             elif (caller := self.callers.get(route)) is None:
                 self._send(route, encode("who", {}))
-            elif self._keys is not None and key not in self._keys.allowed:
+            elif self._keys is not None and key not in self._keys.accepted():
                 del self.callers[route]
                 self._refuse(route, "this key has been revoked")
             else:
@@ -280,7 +280,7 @@ class ListenerEnd:
         if role not in CALLS[self.channel] or not 0 < len(uid) <= 64:
             return self._refuse(route, f"role {role!r:.40} may not call the {self.channel} channel")
         if self._keys is not None:
-            peer = self._keys.allowed.get(key or "")
+            peer = self._keys.accepted().get(key or "")
             if peer is None or peer.role != role:
                 known = f"{peer.name} has role {peer.role}" if peer else "its key is not allowed"
                 return self._refuse(route, f"the caller claims role {role}, but {known}")

@@ -113,6 +113,14 @@ class Keys:
                 self._allowed_stamp = stamp
             return self._allowed
 
+    def accepted(self) -> dict[str, Peer]:
+        """`allowed` for whoever serves: nobody while the file cannot be read, as when a person is editing it."""
+        try:
+            return self.allowed
+        except (ValueError, TypeError, OSError) as error:
+            log.error("refused everybody: %s cannot be read: %s", self.folder / ALLOWED, error)
+            return {}
+
     def allow(self, peer: Peer) -> None:
         """Raises ValueError for a name that another key has."""
         others = [p for p in self.allowed.values() if p.curve_public != peer.curve_public]
@@ -146,11 +154,7 @@ class Keys:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """What the ZAP handler asks: may this CURVE key connect to the channel `domain`?"""
-        try:
-            peer = self.allowed.get(key if isinstance(key, str) else key.decode())
-        except (ValueError, TypeError, OSError) as error:
-            log.error("refused everybody: %s cannot be read: %s", self.folder / ALLOWED, error)
-            return False
+        peer = self.accepted().get(key if isinstance(key, str) else key.decode())
         if peer is None:
             log.warning("refused an unknown key on channel %s: %s", domain, key)
             return False
@@ -170,7 +174,7 @@ class Keys:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-        for peer in self.allowed.values():
+        for peer in self.accepted().values():
             if peer.role == role:
                 try:
                     Ed25519PublicKey.from_public_bytes(bytes.fromhex(peer.sign_public)).verify(signature, data)

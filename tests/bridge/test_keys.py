@@ -120,6 +120,27 @@ def test_revoking_works_on_a_connection_that_exists(people):
             client.infer(observation(), 5.0)
 
 
+def test_a_half_saved_allow_list_lets_nobody_in_until_it_is_whole(people):
+    path, packed = people["server"].folder / "allowed.json", pack_announcement(INFO, 1, people["learner"])
+    whole = path.read_text()
+    with (
+        serving(keys=people["server"]) as server,
+        client_of(server.endpoint, keys=people["robot"], max_in_flight=4) as client,
+    ):
+        client.infer(observation(), 5.0)
+        path.write_text(whole[:40])
+        for _ in range(2):  # a request, and the hello that follows
+            with pytest.raises(Refused):
+                client.infer(observation(), 5.0)
+        with pytest.raises(Refused):
+            open_announcement(packed, people["server"])
+        with pytest.raises(ValueError, match="Unterminated|Expecting|delimiter"):
+            people["server"].revoke("the-robot")  # would write a list without the others
+        path.write_text(whole)
+        assert client.infer(observation(2), 5.0).actions[0, 0] == 2
+    assert open_announcement(packed, people["server"]) == (INFO, 1)
+
+
 def test_telemetry_is_for_those_with_a_key(people):
     publisher = TelemetryPublisher("tcp://127.0.0.1:*", keys=people["server"])
     with pytest.raises(ValueError, match="found the-robot, the-server"):  # which of the two publishes there?
