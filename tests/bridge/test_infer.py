@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from bridge import handshake
 from bridge.embodiment import Camera, Embodiment
 from bridge.errors import BridgeError, BridgeTimeout, Refused, SchemaMismatch
 from bridge.messages import Observation
@@ -238,3 +239,21 @@ def test_no_clear_text_leaves_the_machine():
         PolicyClient("tcp://192.0.2.1:5601", EMBODIMENT)
     with pytest.raises(ValueError, match="no keys were given"):
         PolicyServer("tcp://*:5601", EMBODIMENT, echo, max_batch=1)
+
+
+def test_callers_that_have_gone_leave_room_and_the_quiet_come_back(monkeypatch):
+    monkeypatch.setattr(handshake, "MAX_CALLERS", 2)
+    with serving() as server:
+        for _ in range(2):
+            with client_of(server.endpoint) as gone:
+                gone.wait_ready(5)
+        with (
+            client_of(server.endpoint) as first,
+            client_of(server.endpoint) as second,
+            client_of(server.endpoint) as third,
+        ):
+            for client in (first, second, third):
+                assert client.infer(observation(1), 5.0).actions[0, 0] == 1
+            assert len(server._end.callers) == 2
+            assert first.infer(observation(2), 5.0).actions[0, 0] == 2  # its place went to the third
+            assert first.stats()["handshakes"] == 2
