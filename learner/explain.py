@@ -33,7 +33,7 @@ def explain(config: Any) -> str:
         f"optimiser steps    at most {steps} an iteration ({algo.batch_size} samples, {algo.update_epochs} epochs)",
     ]
     if algo.beta:
-        sft = algo.sft_batch_size * (algo.batch_size // algo.micro_batch_size)
+        sft = algo.sft_batch_size() * (algo.batch_size // algo.micro_batch_size)
         weight = f"beta {algo.beta}"
         if algo.sft_gradient_share is not None:
             weight += f", then as holds its share of the gradient at {algo.sft_gradient_share:.0%}"

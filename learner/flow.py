@@ -65,6 +65,8 @@ class FlowConfig:
                 f"last_steps {self.last_steps} contradicts joint {self.joint}, ignore_last {self.ignore_last}: set "
                 "last_steps to 0, or these to false"
             )
+        if self.method == "flow_cps" and self.last_steps == 1:
+            raise ValueError("last_steps 1 with flow_cps, which adds no noise on its last step: set last_steps to 0")
         for name in ("noise_level", "noise_level_end"):
             level = getattr(self, name)
             if level is not None and not 0.0 <= level <= 1.0:

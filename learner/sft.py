@@ -96,6 +96,7 @@ class SftTrainer:
         # Frozen weights are shared: an average of one value needs no memory of its own.
         self.averaged = copy.deepcopy(self.policy, {id(p): p for p in self.policy.parameters() if not p.requires_grad})
         self.step, self.elapsed_s = 0, 0.0
+        self.losses: list[float] = []  # of every step, those before an interruption too
 
     @property
     def progress(self) -> float:
@@ -141,6 +142,7 @@ class SftTrainer:
             "generator": self.generator.get_state(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
+            "losses": self.losses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,7 +151,7 @@ class SftTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.mixture.load_state_dict(state["mixture"])
         self.generator.set_state(state["generator"])
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.step, self.elapsed_s, self.losses = state["step"], state["elapsed_s"], list(state["losses"])
 
 
 def measure(parts: list[Part]) -> Statistics:
@@ -237,9 +239,9 @@ def train(config: SftConfig) -> dict[str, Any]:
 
 
 def run_steps(trainer: SftTrainer, config: SftConfig, state_file: Path) -> list[float]:
-    """Train until the budget is used; returns the loss of every step of this process."""
+    """Train until the budget is used; returns the loss of every step."""
     durable.make_folder(state_file.parent)
-    losses: list[float] = []
+    losses = trainer.losses
     saved_s = time.monotonic()
     # No purge_step: it would remove the other stage's curves of the same run as well.
     writer = SummaryWriter(str(config.run / "tensorboard"))

@@ -218,7 +218,7 @@ def open_demos(config: TrainConfig, policy: Any, rank: int = 0, ranks: int = 1) 
                 f"algo.beta {config.algo.beta} needs demonstrations: {config.run}/data/stand_in is missing"
             )
     parts = open_parts(data, policy.embodiment, policy.horizon, policy.picture_size, policy.pads_pictures)
-    return Mixture(parts, config.algo.sft_batch_size, config.seed, rank, ranks)
+    return Mixture(parts, config.algo.sft_batch_size(ranks), config.seed, rank, ranks)
 
 
 def run_iterations(

@@ -10,6 +10,7 @@ part of every batch, gradients are summed, and all ranks make the same step, eac
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ class AlgoConfig:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
             )
-        if self.beta and self.sft_batch_size < 1:
+        if self.beta and round(self.sft_per_rl * self.micro_batch_size) < 1:
             raise ValueError(
                 f"sft_per_rl {self.sft_per_rl} of micro_batch_size {self.micro_batch_size} is not one demonstration: "
                 f"allowed are {1 / self.micro_batch_size:.3g} and more, or beta 0"
@@ -102,10 +103,9 @@ class AlgoConfig:
                 "and a beta above 0 to begin with"
             )
 
-    @property
-    def sft_batch_size(self) -> int:
-        """Demonstrations of one micro-batch on one rank."""
-        return round(self.sft_per_rl * self.micro_batch_size)
+    def sft_batch_size(self, ranks: int = 1) -> int:
+        """Demonstrations of one micro-batch on one of so many ranks, whose part of a batch may be less than that."""
+        return max(1, round(self.sft_per_rl * min(self.micro_batch_size, self.batch_size // ranks)))
 
 
 def make_optimizer(policy: torch.nn.Module, config: AlgoConfig) -> torch.optim.AdamW:
@@ -169,12 +169,15 @@ class Updater:
             return metrics
         if with_sft and self._is_report_due():
             rl_gradient = self._take_gradients()
-            metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), 1.0)
+            metrics["train/sft_loss"] = self._backward_sft(self._sft_rounds(rows), 1.0)
             metrics |= self._join_gradients(rl_gradient)
         else:
             if with_sft:
-                metrics["train/sft_loss"] = self._backward_sft(len(micro_batches), self.beta)
+                metrics["train/sft_loss"] = self._backward_sft(self._sft_rounds(rows), self.beta)
             self._sum_gradients()
+        if self.is_warming_up:  # a critic on features that train has given those gradients, too
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.grad = None
         norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters(), c.clip_grad))
         if not torch.isfinite(norm):
             raise ValueError(f"optimiser step {self.steps}: gradient norm {norm.item()}, losses {metrics}")
@@ -236,6 +239,12 @@ class Updater:
         loss, metrics = self.rl_loss(rollouts, rows, weights)
         loss.backward()
         return metrics
+
+    def _sft_rounds(self, rows: Tensor) -> int:
+        """Micro-batches of demonstrations in this step: as many on each rank, for all ranks' places in the data are
+        saved as one, and a remainder may leave them with different numbers of samples."""
+        num_rows = self._reduced([{"rows": float(len(rows))}])["rows"]
+        return math.ceil(math.ceil(num_rows / self.ranks) / self.config.micro_batch_size)
 
     def _backward_sft(self, micro_batches: int, weight: float) -> float:
         """Adds `weight` times the gradient of the SFT loss, a mean over micro-batches and ranks; returns the loss."""

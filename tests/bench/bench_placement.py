@@ -182,7 +182,7 @@ def placement(bench: Bench, name: str) -> None:
     job = Job(
         make_policy=functools.partial(make_policy, size),
         make_env=functools.partial(PacedEnvs, size),
-        make_demos=functools.partial(make_demos, size, algo.sft_batch_size),
+        make_demos=functools.partial(make_demos, size, algo.sft_batch_size()),
         algo=algo,
         envs=size.envs,
         stages=stages,
@@ -248,7 +248,7 @@ def update(bench: Bench) -> None:
     policy.config.prefix_cache = "recompute"
     raw = policy.prepare(observation_batch(env.reset(seeds, seeds)))  # what was seen at every query alike
     raw = raw[torch.arange(size.batch) % len(seeds)]
-    worker = UpdateWorker(policy, algo, RandomDemos(size, algo.sft_batch_size), 0)  # type: ignore[arg-type]
+    worker = UpdateWorker(policy, algo, RandomDemos(size, algo.sft_batch_size()), 0)  # type: ignore[arg-type]
     worker.updater.generator = torch.Generator().manual_seed(0)
     rows = torch.arange(size.batch, device=size.device)
     kept_s, recomputed_s = [], []
@@ -260,7 +260,7 @@ def update(bench: Bench) -> None:
     kept, recomputed = (size.batch / statistics.median(times) for times in (kept_s, recomputed_s))
     name = "the same step with the prefix recomputed"
     bench.record("update_samples_per_s", kept, recomputed, "samples/s", size.repeats, name, batch=size.batch)
-    bench.details["update"] = {"kept_s": kept_s, "recomputed_s": recomputed_s, "demonstrations": algo.sft_batch_size}
+    bench.details["update"] = {"kept_s": kept_s, "recomputed_s": recomputed_s, "demonstrations": algo.sft_batch_size()}
 
 
 def _seconds(worker: UpdateWorker, batch: Rollouts, rows: torch.Tensor) -> float:

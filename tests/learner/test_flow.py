@@ -195,6 +195,8 @@ def test_a_held_chain_scores_as_it_was_drawn(hold):
 
 
 def test_options_that_contradict_are_refused():
+    with pytest.raises(ValueError, match="no noise on its last step"):
+        FlowConfig(method="flow_cps", last_steps=1)  # nothing would be explored, and PPO's gradient 0
     with pytest.raises(ValueError, match="last_steps 6: allowed are 0 to num_steps"):
         FlowConfig(num_steps=5, last_steps=6)
     with pytest.raises(ValueError, match="hold 0: at least 1"):

@@ -243,11 +243,14 @@ def anchored_main(rank, ranks, port, folder):
     rollouts = roll(policy)
     data = DataConfig(real=[f"{folder}/stand_in"], cache=f"{folder}/cache")
     mixture = Mixture(open_parts(data, policy.embodiment, policy.horizon, SIZE), 2, 0, rank, ranks)
-    algo = AlgoConfig(beta=0.01, sft_gradient_share=0.3, batch_size=6, micro_batch_size=3, critic_warmup_steps=1)
+    # Three samples of each batch are one rank's and two the other's, yet both read as many demonstrations.
+    sizes = dict(batch_size=5, micro_batch_size=1, sft_per_rl=1.0)
+    algo = AlgoConfig(beta=0.01, sft_gradient_share=0.3, critic_warmup_steps=1, **sizes)
     worker = UpdateWorker(policy, algo, mixture, 0, dist.group.WORLD, rank)
     batches = plan(len(rollouts), algo, ranks, torch.Generator().manual_seed(6))
     metrics = worker.update(0, rollouts, [rows[rank::ranks] for rows in batches])
-    torch.save((metrics, worker.updater.beta, policy.state_dict()), f"{folder}/anchored-{rank}.pt")
+    learned = (metrics, worker.updater.beta, policy.state_dict(), mixture.state_dict())
+    torch.save(learned, f"{folder}/anchored-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -257,14 +260,22 @@ def test_ranks_with_their_own_demonstrations_stay_the_same_policy(demos_folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.start_processes(anchored_main, args=(2, port, str(demos_folder)), nprocs=2, start_method="fork")
-    (metrics, beta, ours), (others, other_beta, theirs) = (
+    (metrics, beta, ours, read), (others, other_beta, theirs, also_read) = (
         torch.load(demos_folder / f"anchored-{rank}.pt", weights_only=True) for rank in range(2)
     )
     assert metrics == others
+    assert read == also_read
     assert beta == other_beta > 0.01
     assert metrics["train/sft_loss"] > 0
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not torch.equal(ours["expert.action_out.weight"], tiny_policy().expert.action_out.weight)
+
+
+def test_demonstrations_of_a_step_do_not_follow_the_number_of_ranks():
+    algo = AlgoConfig(batch_size=8, micro_batch_size=8, sft_per_rl=0.5)
+    assert [ranks * algo.sft_batch_size(ranks) for ranks in (1, 2, 4)] == [4, 4, 4]
+    in_parts = AlgoConfig(batch_size=8, micro_batch_size=2, sft_per_rl=0.5)  # four, two and one of 1 each
+    assert [in_parts.sft_batch_size(ranks) for ranks in (1, 2, 4)] == [1, 1, 1]
 
 
 def test_the_advantages_are_of_all_workers_together():

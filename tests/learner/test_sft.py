@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.checkpoint import latest_bundle, read_manifest, verify_bundle
+from learner import sft
 from learner.demo_dataset import DataConfig, open_parts
 from learner.load import load_policy, load_weights
 from learner.policy import ObservationBatch
@@ -102,6 +103,19 @@ def test_an_interrupted_stage_is_continued_and_not_with_other_settings(folder, m
         load_file(folder / name / "checkpoints/000001/model.safetensors") for name in ("interrupted", "uninterrupted")
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_stage_that_was_stopped_after_its_last_step_is_finished(folder, monkeypatch):
+    config = config_in(folder, name="full", save_every_s=0.0)
+    with monkeypatch.context() as disk:
+        disk.setattr(sft, "write_bundle", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            train(config)
+    figures = train(config)
+    assert (figures["version"], figures["steps"]) == (1, 6)
+    losses = json.loads((folder / "full/curves/sft.json").read_text())["loss"]
+    assert len(losses) == 6
+    assert figures["first_loss"] == losses[0]
 
 
 def test_weights_fit_exactly_or_every_problem_is_named(folder, tmp_path):

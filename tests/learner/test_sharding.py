@@ -35,7 +35,8 @@ def trained(rank, ranks, folder, sharded):
         if sharded:
             shard(policy, "cpu", ranks)
         data = DataConfig(real=[f"{folder}/stand_in"], cache=f"{folder}/cache")
-        mixture = Mixture(open_parts(data, tabletop(), policy.horizon, SIZE), ALGO.sft_batch_size, 0, rank, ranks)
+        parts = open_parts(data, tabletop(), policy.horizon, SIZE)
+        mixture = Mixture(parts, ALGO.sft_batch_size(ranks), 0, rank, ranks)
         worker = UpdateWorker(policy, ALGO, mixture, 0, dist.group.WORLD, rank)
         # Adam divides a gradient by its own size, and so makes rounding errors of tiny ones as large as any step.
         for group in worker.updater.optimizer.param_groups:

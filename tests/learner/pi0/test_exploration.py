@@ -10,6 +10,8 @@ from learner.noise import NoiseConfig
 from learner.pi0.adapters import LoraConfig
 from learner.pi0.inputs import pad_width
 from learner.policy import SftBatch
+from learner.rollouts import Rollouts
+from learner.update import AlgoConfig, Updater, make_optimizer
 from tests.learner.pi0.test_policy import PLAIN, assert_same, gradients, make, no_padding, observation
 
 KINDS = ["flow_ode", "flow_sde", "flow_cps", "flow_noise", "reinflow"]
@@ -142,6 +144,24 @@ def test_gradient_checkpointing_changes_nothing(variant, options):
         found.append((loss, gradients(policy)))
     assert abs(found[0][0] - found[1][0]) <= 1e-6
     assert_same(found[0][1], found[1][1], 2e-6)
+
+
+@pytest.mark.parametrize("options", [dict(value_after_vlm=False), dict(train_expert_only=False)])
+def test_a_critic_on_features_that_train_warms_up_alone(options):
+    policy = make(add_value_head=True, flow=FlowConfig(num_steps=3), **options)
+    sample = policy.sample(policy.prepare(observation()), torch.Generator().manual_seed(1))
+    valid, numbers = torch.ones(3, 3, dtype=torch.bool), torch.arange(3)
+    rollouts = Rollouts(
+        sample.prepared, sample.chain, sample.denoise_index, sample.log_prob, sample.value, valid,
+        torch.randn(3), torch.ones(3), numbers, torch.zeros(3, dtype=torch.int64), [],
+    )  # fmt: skip
+    algo = AlgoConfig(beta=0.0, critic_warmup_steps=2, batch_size=3, micro_batch_size=3)
+    updater = Updater(policy, make_optimizer(policy, algo), algo, None, torch.Generator())
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    for _ in range(2):
+        updater.step(rollouts, numbers)
+    moved = {name.split(".")[0] for name, p in policy.named_parameters() if not p.equal(before[name])}
+    assert moved == {"value_head"}
 
 
 def test_sft_loss_by_hand_and_masked_past_the_episodes_end():
