@@ -4,7 +4,7 @@
     <camera>.mp4          one frame a row
     episode.json          the `EpisodeRecord`: who, what, how long, which contract, SHA-256 of the other files
 
-The writer fills `<folder>.partial`; the rename to `<folder>` is its last act, so a folder without that ending is whole.
+The writer fills `<folder>.partial` and renames it to `<folder>` at the end, so a folder without that ending is whole.
 Until then every row is also in `rows.journal`, from which `bridge.episode_rewrite` recovers what a killed writer left.
 """
 
@@ -29,7 +29,7 @@ from bridge.video import VideoWriter
 
 PARTIAL = ".partial"
 ROWS_FILE, RECORD_FILE = "rows.parquet", "episode.json"
-JOURNAL, BEGUN = "rows.journal", "begun.json"  # while the episode is being written
+JOURNAL, BEGUN = "rows.journal", "begun.json"  # until the episode is finished
 # Only the writer knows where an episode ends and how, so it fills these itself.
 DERIVED = ("next.reward", "next.success", "next.done")
 OPTIONAL = ("frame_repeated", "intervention")
@@ -165,10 +165,10 @@ class EpisodeWriter:
         )
         durable.write_text(self._partial / RECORD_FILE, record.to_json())
         self._journal.close()
-        for name in (JOURNAL, BEGUN):
-            (self._partial / name).unlink()
         os.rename(self._partial, self.folder)
         durable.sync(self.folder.parent)
+        for name in (JOURNAL, BEGUN):  # only now: a partial folder without them is removed, not set aside
+            (self.folder / name).unlink()
         return self.folder
 
     def discard(self) -> None:
@@ -276,6 +276,7 @@ def finished_episodes(folder: Path) -> list[Path]:
 
 def remove_episode(folder: Path) -> None:
     """Delete an episode that lies safe elsewhere; a kill on the way leaves only what `remove_unfinished` removes."""
+    (folder / BEGUN).unlink(missing_ok=True)  # of a kill in `close`; it would be set aside
     partial = folder.with_name(folder.name + PARTIAL)
     os.rename(folder, partial)
     shutil.rmtree(partial)

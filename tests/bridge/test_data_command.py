@@ -16,7 +16,7 @@ import pytest
 
 from bridge import data_command, pose
 from bridge.dataset import DatasetStore, decode_frames, read_episode, video_path
-from bridge.episode import PARTIAL, EpisodeWriter, set_aside_unfinished
+from bridge.episode import PARTIAL, EpisodeWriter, remove_episode, remove_unfinished, set_aside_unfinished
 from bridge.errors import SchemaMismatch
 from tests.bridge.small_episodes import FPS, HEIGHT, WIDTH, picture, small_embodiment, small_row, write_episode
 from tests.bridge.test_dataset import check_whole
@@ -203,6 +203,37 @@ def test_an_interrupted_episode_is_recovered_up_to_its_last_second(tmp_path, cap
     assert not list(spool.rglob("*" + PARTIAL))
     assert run("repair", f"root={store.root}", f"spool={spool}") == 0
     assert DatasetStore.open(store.root).num_episodes == 3
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(*_, **__):
+    raise Killed
+
+
+@pytest.mark.parametrize(("last_act", "of", "aside"), [("rename", os, 1), ("unlink", Path, 0)])
+def test_a_kill_while_an_episode_is_closed_loses_nothing(tmp_path, monkeypatch, last_act, of, aside):
+    store, spool = make_real(tmp_path, (3,)), tmp_path / "spool"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(of, last_act, killed)
+        write_episode(spool / "recordings" / "one", 4, seed=7)
+    assert len(set_aside_unfinished(spool / "recordings", spool / "interrupted")) == aside
+    assert remove_unfinished(spool / "recordings") == 0
+    assert run("repair", f"root={store.root}", f"spool={spool}") == 0
+    assert [(e["length"], e["success"]) for e in DatasetStore.open(store.root).episodes()][1:] == [(4, True)]
+    assert not list(spool.rglob("episode.json"))
+
+
+def test_a_kill_while_an_episode_is_removed_leaves_nothing_to_recover(tmp_path, monkeypatch):
+    folder = write_episode(tmp_path / "recordings" / "one")
+    (folder / "begun.json").touch()  # a kill just before left it
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        remove_episode(folder)
+    assert set_aside_unfinished(tmp_path / "recordings", tmp_path / "interrupted") == []
+    assert remove_unfinished(tmp_path / "recordings") == 1
 
 
 def test_what_was_killed_before_its_first_picture_stays_and_is_named(tmp_path, capsys):
