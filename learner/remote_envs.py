@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from learner.remote import Handle, WorkerDied
+from learner.remote import Answer, Handle, WorkerDied
 from learner.rollouts import ChunkResult, VectorEnv, Views
 
 log = logging.getLogger(__name__)
@@ -43,15 +43,17 @@ def copied(views: Views) -> SimpleNamespace:
 
 
 class RemoteEnvs:
-    """A process that dies is replaced, its episodes are lost. `busy_s`: seconds of work of all processes together;
-    `waited_s`: seconds that the caller spent waiting for them."""
+    """A process that dies is replaced, its episodes are lost; if it died while some began, all are reported lost
+    at the next chunk. `busy_s`: seconds of work of all processes together; `waited_s`: seconds that the caller spent
+    waiting for them."""
 
     def __init__(self, starts: Sequence[Callable[[], Handle]], envs_each: int):
         self.starts, self.envs_each = starts, envs_each
         self.num_envs = envs_each * len(starts)
         self.handles = [start() for start in starts]
         self.shown: Views | None = None  # by the first process at its last reset
-        self.sent: list[tuple[int, list[int], Any]] = []
+        self.sent: list[tuple[int, list[int], Answer | None]] = []
+        self.untold: set[int] = set()  # new processes, whose owner was not told yet that its episodes are lost
         self.num_actions = 0
         self.busy_s = self.waited_s = 0.0
 
@@ -68,6 +70,8 @@ class RemoteEnvs:
                 answers.append(answer.get())
             except WorkerDied as death:
                 self._replace(process, death)
+                if len(local) < self.envs_each:
+                    self.untold.add(process)
                 answers.append(self.handles[process].call("reset", mine, local).get())
         self.shown = answers[0][0]
         self.busy_s += sum(worked_s for _, worked_s in answers)
@@ -84,20 +88,22 @@ class RemoteEnvs:
         self.num_actions = actions.shape[1]
         for process, local in self._split(ids):
             mine = np.stack([action_of[process * self.envs_each + env] for env in local])
-            self.sent.append((process, local, self.handles[process].call("step_chunk", mine, local)))
+            told = process not in self.untold
+            self.sent.append((process, local, self.handles[process].call("step_chunk", mine, local) if told else None))
 
     def recv(self) -> ChunkResult:
         began_s = time.perf_counter()
         parts, results = [], []
         for process, local, answer in self.sent:
             try:
-                views, result, worked_s = answer.get()
-                self.busy_s += worked_s
+                views, result, worked_s = answer.get() if answer else self._lost(len(local))
             except WorkerDied as death:
                 self._replace(process, death)
-                views, result = self._lost(len(local))
+                views, result, worked_s = self._lost(len(local))
+            self.busy_s += worked_s
             parts.append(views)
             results.append(result)
+            self.untold.discard(process)
         self.sent = []
         joined = {name: np.concatenate([result[name] for result in results]) for name in RESULT_FIELDS}
         self.waited_s += time.perf_counter() - began_s
@@ -120,7 +126,8 @@ class RemoteEnvs:
               for process in range(len(self.handles))]  # fmt: skip
         return [(process, local) for process, local in of if local]
 
-    def _lost(self, count: int) -> tuple[Views, dict[str, np.ndarray]]:
+    def _lost(self, count: int) -> tuple[Views, dict[str, np.ndarray], float]:
+        """What is answered for a process that is gone."""
         assert self.shown is not None
         images = {name: np.zeros_like(pictures[:1]).repeat(count, 0) for name, pictures in self.shown.images.items()}
         state, words = np.zeros_like(self.shown.state[:1]).repeat(count, 0), self.shown.instruction[:1] * count
@@ -128,7 +135,7 @@ class RemoteEnvs:
         numbers = {name: np.zeros(count, np.int64) for name in ("episode_len", "seeds")}
         reward = np.zeros((count, self.num_actions), np.float32)
         result = flags | numbers | {"reward": reward, "success": np.zeros(count, bool), "lost": np.ones(count, bool)}
-        return SimpleNamespace(images=images, state=state, instruction=words), result
+        return SimpleNamespace(images=images, state=state, instruction=words), result, 0.0
 
 
 def _joined(parts: list[Views]) -> Views:

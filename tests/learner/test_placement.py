@@ -14,11 +14,13 @@ from learner.exchange import Exchange
 from learner.member import Job
 from learner.placement import ordered_nodes, placed_trainer
 from learner.placement_map import ClusterConfig, Process, described, parse, require_fit, seated
-from learner.remote import WorkerDied
+from learner.remote import Spawn, WorkerDied
+from learner.remote_envs import EnvProcess, RemoteEnvs
+from learner.rollouts import collect
 from learner.trainer import divided, local_trainer
 from learner.update import AlgoConfig
 from learner.weight_sync import WeightSource, receive
-from tests.learner.test_ppo import SIZE, tiny_policy
+from tests.learner.test_ppo import SIZE, PushEnv, tiny_policy
 from tests.learner.toy_cell import ToyVectorEnv, tabletop
 
 ALGO = AlgoConfig(beta=0.0, lr=1e-3, critic_warmup_steps=1, batch_size=4, micro_batch_size=2, target_kl=None)
@@ -204,6 +206,39 @@ def make_fragile(mark, kills_owner, num_envs, seed):
     env = FragileEnv(tabletop(), num_envs, max_steps=6, size=SIZE)
     env.mark, env.kills_owner = str(mark), kills_owner
     return env
+
+
+class DyingEnv(PushEnv):
+    """Ends its process while the episode of seed 4 begins, once."""
+
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
+    def reset(self, seeds, env_ids):
+        if 4 in seeds and not os.path.exists(self.mark):
+            open(self.mark, "w").close()
+            os._exit(9)
+        return super().reset(seeds, env_ids)
+
+
+def make_dying(mark, num_envs, seed):
+    return DyingEnv(str(mark))
+
+
+def test_a_process_that_dies_while_an_episode_begins_takes_the_others_with_it(tmp_path):
+    """Seed 1 ends first, 4 takes its place; 0 and 2 are under way in the process that dies, and begin again."""
+    arguments = functools.partial(make_dying, tmp_path / "died"), 3, 0
+    env = RemoteEnvs([lambda: Spawn().start("env 0", EnvProcess, arguments, Process(0, 0, (0,)), "cpu")], 3)
+    try:
+        rollouts = collect([env], tiny_policy(), [1, 0, 2, 4], 0.9, 0.95, torch.Generator().manual_seed(0))
+    finally:
+        env.close()
+    assert (tmp_path / "died").exists()
+    assert sorted((e.seed, e.length) for e in rollouts.episodes) == [(0, 15), (1, 11), (2, 15), (4, 15)]
+    samples = torch.bincount(rollouts.episode).tolist()
+    assert {e.seed: n for e, n in zip(rollouts.episodes, samples, strict=True)} == {0: 4, 1: 3, 2: 4, 4: 4}
+    assert rollouts.num_env_steps == 15 + 11 + 15 + 15
 
 
 @pytest.mark.slow  # eight processes that each import torch
