@@ -28,6 +28,7 @@ from robot.target import Streamed, TargetPath
 log = logging.getLogger(__name__)
 
 MAX_AHEAD_S = 0.05  # a step may begin so much later than its arrival
+MIN_SPACING = 0.9  # of a period, between the stamps of two steps: in a hurry the target would run ahead of the arm
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class ArmDriver:
     def command(self, action: np.ndarray, stamp_ns: int) -> bool:
         """One policy step [7] that begins at `stamp_ns`. False when the arm is in no state to move.
 
-        Raises UnsafeAction for wrong shapes, non-finite numbers, and stamps that are late, early, repeated or
-        reordered. Nothing of such an action is executed.
+        Raises UnsafeAction for wrong shapes, non-finite numbers, and stamps that are late, early, repeated, reordered
+        or less than a step after the last. Nothing of such an action is executed.
         """
         with self.lock:
             now_ns = self.now_ns()
@@ -224,6 +225,9 @@ class ArmDriver:
             raise UnsafeAction(f"late: its step began {age_s:.3f} s ago, allowed are {self.config.action_max_age_s} s")
         if age_s < -MAX_AHEAD_S:
             raise UnsafeAction(f"early: its step begins in {-age_s:.3f} s, allowed are {MAX_AHEAD_S} s")
+        spacing_s, period_s = (stamp_ns - self._last_action_ns) * 1e-9, self.embodiment.period_s
+        if self._last_action_ns >= 0 and spacing_s < MIN_SPACING * period_s:
+            raise UnsafeAction(f"too soon: its step begins {spacing_s:.3f} s after the last, which takes {period_s} s")
 
     def start_gripper(self) -> None:
         if self.gripper is not None and self.gripper.is_silent:

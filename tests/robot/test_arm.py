@@ -116,6 +116,20 @@ def test_bad_actions_change_nothing(arm, cell):
     assert sum(after.num_rejected.values()) == 6
 
 
+def test_steps_in_a_hurry_are_refused(arm, cell):
+    """Their stamps are new, and neither late nor early; each would still be a whole step of the target."""
+    play(arm, cell, [move(0.01)])
+    before_m, start_ns = arm.path.T_target[:3, 3], cell.now_ns()
+    assert arm.command(move(0.01), start_ns)
+    for n in range(1, 20):
+        with pytest.raises(UnsafeAction, match="too soon"):
+            arm.command(move(0.01), start_ns + 2 * n * MS)
+    assert arm.path.T_target[:3, 3] - before_m == pytest.approx([0.01, 0, 0], abs=REST_M)
+    assert arm.snapshot().num_rejected["too soon"] == 19
+    wait_for(lambda: cell.now_ns() >= start_ns + 95 * MS, PATIENCE_S, "the next step")
+    assert arm.command(move(0.01), start_ns + 95 * MS)
+
+
 def test_limits_hold_on_the_way_to_the_arm(arm, cell):
     """A policy gone wild pulls back at full step: the arm never goes faster than 0.5 m/s."""
     tick_ns = (cell.now_ns() // PERIOD_NS + 1) * PERIOD_NS

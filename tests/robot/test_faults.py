@@ -240,7 +240,7 @@ BAD = {
 def test_bad_actions_are_refused_and_lead_to_hold(driving, row, fault):
     make, shift_ns, words = BAD[fault]
     driving.is_quiet = True
-    driving.wait_s(0.03)  # for the action that may be under way, whose stamp is this moment's
+    driving.wait_s(0.15)  # the action that may be under way has this moment's stamp, and its step takes 0.1 s
     last_ns = driving.arm._last_action_ns
     stamp_ns = {None: last_ns, "reordered": last_ns - PERIOD_NS}.get(shift_ns)
     if stamp_ns is None:

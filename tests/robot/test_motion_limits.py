@@ -207,9 +207,10 @@ def test_a_session_that_ends_in_full_motion_or_when_it_has_just_begun_keeps_ever
     for num_steps in (3, 1, 1):
         arm.home().result(PATIENCE_S)
         for _ in range(num_steps):
+            last_ns = arm._last_action_ns
+            wait_for(lambda: arm.now_ns() >= last_ns + PERIOD_NS, PATIENCE_S, "the last step's end")  # noqa: B023
             wait_for(lambda: arm.command(np.array([0, 0.05, 0, 0, 0.1, 0, 1.0]), arm.now_ns()), PATIENCE_S, "a step")
-            now_ns = arm.now_ns()
-            wait_for(lambda: arm.now_ns() > now_ns + 30_000_000, PATIENCE_S, "time")  # noqa: B023
+        wait_for(lambda: arm.now_ns() > arm._last_action_ns + 30_000_000, PATIENCE_S, "time")
     arm.home().result(PATIENCE_S)
     check_commands(arm, commands)
     assert len(commands.motions) > 6
