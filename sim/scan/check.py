@@ -45,10 +45,14 @@ class CheckConfig:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def corner_shifts(photo: np.ndarray, render: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of a picture uint8 [H, W, 3], float32 [n, 2] px, and where the other picture has them."""
+def corner_shifts(
+    photo: np.ndarray, render: np.ndarray, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of a picture uint8 [H, W, 3], float32 [n, 2] px, and where the other picture has them. `mask` [H, W] says
+    where to look: nothing else is in the window of a corner."""
     a, b = (cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in (photo, render))
-    corners = cv2.goodFeaturesToTrack(a, MAX_CORNERS, 0.02, 7)
+    where = None if mask is None else cv2.erode(mask.astype(np.uint8), np.ones(WINDOW_PX[::-1], np.uint8))
+    corners = cv2.goodFeaturesToTrack(a, MAX_CORNERS, 0.02, 7, mask=where)
     if corners is None:
         return np.empty((0, 2), np.float32), np.empty((0, 2), np.float32)
     there, found, _ = cv2.calcOpticalFlowPyrLK(a, b, corners, corners.copy(), winSize=WINDOW_PX)
@@ -78,11 +82,12 @@ def check(config: CheckConfig) -> dict[str, Any]:
     found = [photo for folder in config.photos for photo in photo_set.load(Path(folder))][:: config.every]
     shifts_px, each = [], {}
     for photo in found:
-        pixels, render = photo.pixels(), picture(scene, photo, config.device).cpu()
-        corners, there = corner_shifts(pixels, render.numpy())
+        pixels, mask, render = photo.pixels(), photo.mask(), picture(scene, photo, config.device).cpu()
+        corners, there = corner_shifts(pixels, render.numpy(), mask)
         off_px = np.linalg.norm(there - corners, axis=1)
         shifts_px.append(off_px)
-        one: dict[str, float] = {"corners": len(off_px), **scores(torch.from_numpy(pixels), render)}
+        seen = None if mask is None else torch.from_numpy(mask)
+        one: dict[str, float] = {"corners": len(off_px), **scores(torch.from_numpy(pixels), render, seen)}
         if len(off_px) >= MIN_CORNERS:
             one |= {"error_px": float(np.median(off_px)), "error_p90_px": float(np.percentile(off_px, 90))}
         each[photo.path.name] = one

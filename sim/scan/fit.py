@@ -71,10 +71,14 @@ class View:
 
     def __init__(self, photo: Photo, segments: tuple[str, ...], shrink: int, device: str):
         self.height, self.width = photo.height // shrink, photo.width // shrink
+        size = self.height, self.width
+        self.rgb = torch.from_numpy(area_resize(photo.pixels()[None], size)[0]).to(device)
         mask = photo.mask()
-        self.rgb = torch.from_numpy(area_resize(photo.pixels()[None], (self.height, self.width))[0]).to(device)
-        if mask is not None:
-            mask = torch.from_numpy(mask[::shrink, ::shrink][: self.height, : self.width].copy()).to(device)
+        if mask is not None:  # a pixel of which a part is hidden is hidden
+            white = 255 * mask[None, ..., None].repeat(3, axis=3).astype(np.uint8)
+            mask = torch.from_numpy(area_resize(white, size)[0, ..., 0] == 255).to(device)
+            if not mask.any():
+                raise ValueError(f"{photo.path}: shrink {shrink} leaves no whole pixel of what its mask shows")
         self.mask = mask
         self.K = smaller(photo, shrink, half_px=0.5).float().to(device)
         T = np.stack([photo.bodies.get(name, np.eye(4)) for name in segments])
@@ -104,7 +108,8 @@ def fit(config: FitConfig) -> dict[str, Any]:
     train = [photo for index, photo in enumerate(found) if index % config.held_out_every]
     cloud, carriers, size_m = start(config, train)
     views = [View(photo, cloud.segment_names, config.shrink, config.device) for photo in train]
-    background = torch.stack([view.rgb.float().mean(dim=(0, 1)) for view in views]).mean(dim=0) / 255
+    seen = [view.rgb.flatten(0, 1) if view.mask is None else view.rgb[view.mask] for view in views]
+    background = torch.stack([rgb.float().mean(dim=0) for rgb in seen]).mean(dim=0) / 255
     gaussians = Gaussians(cloud.to(config.device), size_m, background)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -150,7 +155,9 @@ def along_rays(train: list[Photo], num: int, config: FitConfig) -> GaussianCloud
     rng = np.random.default_rng(config.seed)
     points, sizes, rgbs, logits = [], [], [], []
     for photo, count in zip(train, np.diff(np.linspace(0, num, len(train) + 1).astype(int)), strict=True):
-        u, v = rng.integers(0, photo.width, count), rng.integers(0, photo.height, count)
+        mask = photo.mask()
+        places = rng.integers(0, photo.width * photo.height if mask is None else mask.sum(), count)
+        v, u = np.divmod(places if mask is None else np.flatnonzero(mask)[places], photo.width)
         rays = np.stack([u, v, np.ones(count)], axis=1) @ np.linalg.inv(photo.K).T @ photo.T_world_cam[:3, :3].T
         eye = photo.T_world_cam[:3, 3]
         depth = np.exp(rng.uniform(np.log(0.2), np.log(FAR_M), count))
@@ -255,7 +262,7 @@ def score(scene: SplatScene, held_out: list[Photo], device: str, shrink: int = 1
     found = []
     for photo in held_out:
         view = View(photo, scene.cloud.segment_names, shrink, device)
-        found.append(scores(picture(scene, photo, device, shrink).cpu(), view.rgb.cpu()))
+        found.append(scores(picture(scene, photo, device, shrink), view.rgb, view.mask))
     return {f"held_out_{key}": float(np.mean([one[key] for one in found])) for key in found[0]}
 
 

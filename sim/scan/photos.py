@@ -37,8 +37,16 @@ class Photo:
         return self._straight(self._read(self.path, "RGB"))
 
     def mask(self) -> np.ndarray | None:
-        """bool [H, W]: what may be learnt from."""
-        return None if self.mask_path is None else self._straight(self._read(self.mask_path, "L")) > 127
+        """bool [H, W]: what may be learnt from, without the borders that `pixels` leaves black; None for everything.
+        Raises ValueError where nothing is left."""
+        if self.mask_path is None and not any(self.distortion):
+            return None
+        white = np.full((self.height, self.width), 255, np.uint8)
+        grey = white if self.mask_path is None else self._read(self.mask_path, "L")
+        mask = (self._straight(white) == 255) & (self._straight(grey) > 127)
+        if not mask.any():
+            raise ValueError(f"{self.path}: its mask or its distortion leaves no pixel to learn from")
+        return mask
 
     def _read(self, path: Path, mode: str) -> np.ndarray:
         with Image.open(path) as image:

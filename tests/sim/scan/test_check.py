@@ -23,6 +23,18 @@ def test_a_shifted_picture_is_found_shifted():
     assert len(corner_shifts(np.full_like(picture, 99), picture)[0]) == 0
 
 
+def test_what_a_mask_hides_has_no_corners():
+    """Beside a masked half that does not fit, all is found where it is."""
+    picture, other = textured(), textured()
+    other[:, :80] = textured(1)[:, :80]
+    mask = np.ones(picture.shape[:2], bool)
+    mask[:, :80] = False
+    corners, there = corner_shifts(picture, other, mask)
+    assert len(corners) > 20
+    assert corners[:, 0].min() >= 90  # half a window
+    np.testing.assert_allclose(there, corners, atol=0.05)
+
+
 def test_overlay_is_half_of_each():
     a, b = np.zeros((20, 30, 3), np.uint8), np.full((20, 30, 3), 200, np.uint8)
     both = overlay(a, b, np.array([[5.0, 5.0]]), np.array([[6.0, 5.0]]))

@@ -11,6 +11,7 @@ from PIL import Image
 from sim.scan import fit as training
 from sim.scan import photos as photo_set
 from sim.scan.fit import CHECKPOINT, REPORT, FitConfig, View, along_rays, fit, main, picture, score, smaller
+from sim.scan.photos import Photo, store
 from sim.splat.scene import load
 from tests.sim.scan.conftest import HEIGHT, WIDTH
 
@@ -86,13 +87,12 @@ def test_a_smaller_photograph_sees_the_same(photographs):
     np.testing.assert_allclose(view.K.numpy(), [[30, 0, 15], [0, 30, 11], [0, 0, 1]])
 
 
-def test_what_a_mask_hides_is_not_learnt(photographs, config, tmp_path):
+def test_what_a_mask_hides_is_not_learnt(photographs, config):
     photo = photo_set.load(photographs)[0]
-    grey = np.zeros((HEIGHT, WIDTH), np.uint8)
-    Image.fromarray(grey).save(tmp_path / "mask.png")
     cloud, _, size_m = training.start(config, [photo])
     gaussians = training.Gaussians(cloud, size_m, torch.zeros(3))
-    hidden = View(dataclasses.replace(photo, mask_path=tmp_path / "mask.png"), cloud.segment_names, 1, "cpu")
+    hidden = View(photo, cloud.segment_names, 1, "cpu")
+    hidden.mask = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
     seen = View(photo, cloud.segment_names, 1, "cpu")
     for view, learns in ((hidden, False), (seen, True)):
         gaussians.optimizer.zero_grad()
@@ -100,6 +100,41 @@ def test_what_a_mask_hides_is_not_learnt(photographs, config, tmp_path):
         loss.backward()
         gradient = gaussians.params["base"].grad
         assert (gradient is not None and bool(gradient.abs().max() > 0)) == learns
+
+
+@pytest.fixture
+def half_hidden(photographs, tmp_path) -> list[Photo]:
+    """The photographs with a left half that is painted over, and masked."""
+    grey = np.full((HEIGHT, WIDTH), 255, np.uint8)
+    grey[:, : WIDTH // 2] = 0
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    made = []
+    for photo in photo_set.load(photographs):
+        pixels = photo.pixels()
+        pixels[:, : WIDTH // 2] = (255, 0, 255)
+        stored = store(tmp_path / photo.path.name, pixels, photo.K, photo.T_world_cam, photo.bodies)
+        made.append(dataclasses.replace(stored, mask_path=tmp_path / "mask.png"))
+    photo_set.save(tmp_path, made)
+    return made
+
+
+def test_what_a_mask_hides_starts_no_gaussian_and_no_background(half_hidden, config, tmp_path):
+    colours = 0.28209479 * along_rays(half_hidden, 400, config).sh[:, 0] + 0.5
+    assert bool((colours[:, 1] > 0.02).all())  # no magenta
+    fit(dataclasses.replace(config, photos=[str(tmp_path)], steps=1))
+    red, green, _ = load(Path(config.out)).background.tolist()
+    assert abs(red - green) < 0.2
+
+
+def test_what_a_mask_hides_is_not_scored(half_hidden, scene):
+    found = score(load(scene), half_hidden, "cpu")
+    assert found["held_out_psnr_db"] > 60
+    assert found["held_out_ssim"] > 0.999
+    assert found["held_out_edge_distance"] < 0.01
+    smaller_too = score(load(scene), half_hidden, "cpu", shrink=4)  # 7.5 hidden columns: the eighth is hidden too
+    assert smaller_too["held_out_psnr_db"] > 20
+    with pytest.raises(ValueError, match="shrink 44 leaves no whole pixel"):
+        View(half_hidden[0], ("world", "cube"), 44, "cpu")
 
 
 def test_what_cannot_be_fitted_is_named(config, scene, photographs, tmp_path, capsys):

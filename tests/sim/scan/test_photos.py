@@ -63,6 +63,28 @@ def test_distortion_is_taken_out(tmp_path):
     np.testing.assert_allclose(bright, [510 * 0.03 + 23.5, 500 * 0.05 + 31.5], atol=0.7)
 
 
+@pytest.mark.parametrize("k1", [0.1, -0.1])
+def test_what_a_straightened_picture_leaves_black_is_masked(tmp_path, k1):
+    K = np.array([[300.0, 0, 159.5], [0, 300, 119.5], [0, 0, 1]])
+    photo = store(tmp_path / "a.png", np.full((240, 320, 3), 255, np.uint8), K, np.eye(4), {})
+    photo = replace(photo, distortion=(k1, 0.0, 0.0, 0.0))
+    mask = photo.mask()
+    assert mask is not None
+    np.testing.assert_array_equal(mask, (photo.pixels() == 255).all(axis=2))
+    assert mask[120, 160]
+    assert mask[0, 0] == (k1 < 0)  # the other lens shows more than the pinhole does
+    grey = np.full((240, 320), 255, np.uint8)
+    grey[100:140] = 0
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    both = replace(photo, mask_path=tmp_path / "mask.png").mask()
+    assert both is not None
+    assert not both[105:135].any()
+    np.testing.assert_array_equal(both[:90], mask[:90])
+    Image.fromarray(np.zeros_like(grey)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="a.png: its mask or its distortion leaves no pixel"):
+        replace(photo, mask_path=tmp_path / "mask.png").mask()
+
+
 def test_masks(tmp_path):
     grey = np.full((48, 64), 255, np.uint8)
     grey[:10] = 0

@@ -43,6 +43,19 @@ def test_edge_distance():
     assert edge_distance(torch.zeros(9, 9, 3), torch.zeros(9, 9, 3)) == 0.0
 
 
+def test_a_mask_leaves_out_what_differs():
+    """As if only the unmasked part were there; and what differs in this still counts."""
+    mask = torch.ones(40, 50, dtype=torch.bool)
+    mask[:, 24:] = False
+    picture, other = ((255 * noise(seed)).to(torch.uint8) for seed in (0, 1))
+    half = picture.clone()
+    half[:, 24:] = other[:, 24:]
+    assert scores(picture, half)["psnr_db"] < 20
+    assert scores(picture, half, mask) == scores(picture, picture)
+    cut, masked = scores(picture[:, :24], other[:, :24]), scores(picture, other, mask)
+    assert masked == {key: pytest.approx(value, rel=1e-4) for key, value in cut.items()}
+
+
 def test_scores_of_bytes():
     picture = (255 * noise(0)).to(torch.uint8)
     assert scores(picture, picture) == {"psnr_db": 120.0, "ssim": pytest.approx(1.0), "edge_distance": 0.0}
