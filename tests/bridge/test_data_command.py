@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -214,10 +215,9 @@ def killed(*_, **__):
 
 
 @pytest.mark.parametrize(("last_act", "of", "aside"), [("rename", os, 1), ("unlink", Path, 0)])
-def test_a_kill_while_an_episode_is_closed_loses_nothing(tmp_path, monkeypatch, last_act, of, aside):
+def test_a_kill_while_an_episode_is_closed_loses_nothing(tmp_path, last_act, of, aside):
     store, spool = make_real(tmp_path, (3,)), tmp_path / "spool"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(of, last_act, killed)
+    with mock.patch.object(of, last_act, killed), pytest.raises(Killed):
         write_episode(spool / "recordings" / "one", 4, seed=7)
     assert len(set_aside_unfinished(spool / "recordings", spool / "interrupted")) == aside
     assert remove_unfinished(spool / "recordings") == 0
@@ -226,11 +226,10 @@ def test_a_kill_while_an_episode_is_closed_loses_nothing(tmp_path, monkeypatch, 
     assert not list(spool.rglob("episode.json"))
 
 
-def test_a_kill_while_an_episode_is_removed_leaves_nothing_to_recover(tmp_path, monkeypatch):
+def test_a_kill_while_an_episode_is_removed_leaves_nothing_to_recover(tmp_path):
     folder = write_episode(tmp_path / "recordings" / "one")
     (folder / "begun.json").touch()  # a kill just before left it
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(shutil, "rmtree", killed)
+    with mock.patch.object(shutil, "rmtree", killed), pytest.raises(Killed):
         remove_episode(folder)
     assert set_aside_unfinished(tmp_path / "recordings", tmp_path / "interrupted") == []
     assert remove_unfinished(tmp_path / "recordings") == 1
