@@ -12,7 +12,7 @@ from robot import motion_limit, safety
 from robot.motion_limit import MotionLimit
 from robot.safety import Clip, SafeStep, SafetyLimits
 
-MAX_STREAM_GAP_S = 0.1  # no longer pause is caught up at once
+MAX_STREAM_GAP_S = 0.1  # no longer pause is caught up at once, and no longer step back of the clock waited for
 SPEED_SLACK = 1.01  # a step at the speed limit is not to be clipped again by the jitter of the clock
 UNITS = {"speed": ("speed_m_s", "turn_rad_s"), "acceleration": ("acceleration_m_s2", "turn_rad_s2")}
 UNITS["jerk"] = ("jerk_m_s3", "turn_rad_s3")
@@ -93,8 +93,12 @@ class TargetPath:
             self._stand_where_it_stops()
 
     def at(self, now_ns: int) -> Streamed:
-        """The poses of this moment. Time that was never asked for is not caught up at once."""
+        """The poses of this moment. Time that was never asked for is not caught up at once; when the clock is set back,
+        the walk goes on from that time instead of standing still until it comes again."""
         clips = []
+        # A little back, the walk waits: else a clock that trembles would hurry it on.
+        if (back_ns := self._grid_ns - now_ns) > MAX_STREAM_GAP_S * 1e9:
+            self._grid_ns, self._start_ns, self._end_ns = now_ns, self._start_ns - back_ns, self._end_ns - back_ns
         if self._is_at_rest(now_ns):
             self._grid_ns = max(now_ns, self._grid_ns)
             self._T_now = self._T_next

@@ -67,6 +67,19 @@ def test_the_stream_walks_straight_and_stands_still_after_the_last_step():
         assert path.at(later_ms * MS).T_base_target[0, 3] == pytest.approx(0.47)
 
 
+def test_a_clock_that_is_set_back_in_mid_step_does_not_freeze_the_walk():
+    """It ends in time, and nothing is left of it for when that time comes again."""
+    path = TargetPath(START, 0.1, FREE)
+    path.step([0.02, 0, 0, 0, 0, 0, 1], 5000 * MS, 5000 * MS)
+    assert path.at(5040 * MS).T_base_target[0, 3] == pytest.approx(0.458)
+    assert path.at(5030 * MS).T_base_target[0, 3] == pytest.approx(0.458)  # back by a little: it waits
+    assert path.at(5040 * MS).T_base_target[0, 3] == pytest.approx(0.458)
+    for since_ms, x_m in ((0, 0.458), (20, 0.462), (60, 0.47), (1000, 0.47), (2960, 0.47), (3060, 0.47)):
+        assert path.at((2040 + since_ms) * MS).T_base_target[0, 3] == pytest.approx(x_m), since_ms
+    path.step([0.02, 0, 0, 0, 0, 0, 1], 2000 * MS, 2000 * MS)  # at rest, back once more
+    assert path.at(2100 * MS).T_base_target[0, 3] == pytest.approx(0.49)
+
+
 def test_a_late_step_ends_on_time():
     path = TargetPath(START, 0.1, FREE)
     path.step([0.02, 0, 0, 0, 0, 0, 1], 1000 * MS, 1030 * MS)
