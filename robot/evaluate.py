@@ -25,7 +25,7 @@ from bridge.errors import RobotFault
 from bridge.run_files import append_line, read_lines, write_stage
 from bridge.trials import Plan, load_plan, report, summarise
 from robot.scene import SessionError
-from robot.session import Session, SessionConfig
+from robot.session import Session, SessionConfig, ended_by, interrupted_when_left
 from robot.switch import Switch, is_endpoint
 
 # What the runtime says of the time since its last start, as JSON in `runtime_status`.
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
     save(config, config.run / "config" / f"eval_{config.label}.yaml")
     started_s = time.monotonic()
     try:
-        evaluate(config)
+        with interrupted_when_left():
+            evaluate(config)
     except (SessionError, RobotFault, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -117,28 +118,31 @@ def run_trial(session: Session, config: EvalConfig, seed: int) -> dict[str, Any]
     """One trial's line. `tick_jitter_ms` and `chunk_latency_ms` hold every tick and chunk of the trial."""
     session.prepare(seed)
     video = None if config.video_file.exists() else session.record_video("third_person", config.video_file)
-    session.call("runtime_node/start")
-    tqdm.write(f"scene {seed}: policy on")
     begin_s = session.scene.time_s()
-    fault, success_s = "", None
+    fault, success_s, at_end = "", None, {}
     try:
-        success_s = watch(session, config, begin_s)
+        with ended_by(session, "runtime_node/stop"):
+            session.call("runtime_node/start")
+            tqdm.write(f"scene {seed}: policy on")
+            success_s = watch(session, config, begin_s)
+            at_end = session.status("runtime_status")  # once stopped it says no more whether the policy was silent
     except RobotFault as error:
         fault = str(error)
-    duration_s = session.scene.time_s() - begin_s
+    duration_s = round(session.scene.time_s() - begin_s, 3)
     session.spin(STATUS_DELAY_S)
     status = session.status("runtime_status")
-    session.call("runtime_node/stop")
     if video is not None:
         video.close()
     figures = {key: json.loads(status[key]) for key in RUNTIME_FIGURES}
+    if not fault and not session.scene.automatic and session.scene.judge():
+        success_s = duration_s
     if not fault and success_s is None:
-        fault = policy_fault(status, figures)
+        fault = policy_fault(at_end, figures)
     return {
         "seed": seed,
         "success": success_s is not None and not fault,
         "time_to_success_s": success_s,
-        "duration_s": round(duration_s, 3),
+        "duration_s": duration_s,
         "fault": fault,
         **figures,
     }
@@ -154,7 +158,7 @@ def policy_fault(status: dict[str, str], figures: dict[str, Any]) -> str:
 
 
 def watch(session: Session, config: EvalConfig, begin_s: float) -> float | None:
-    """Seconds until success, None for none in time. Raises RobotFault."""
+    """Seconds until success, None for none in time, or where only a person can tell. Raises RobotFault."""
     scene = session.scene
     since_s: float | None = None  # when the success that still lasts began
 
@@ -170,6 +174,4 @@ def watch(session: Session, config: EvalConfig, begin_s: float) -> float | None:
 
     session.wait(over, SLOWEST * config.trial_s, "the trial's end", session.check_arm, every_s=0.1)
     end_s = scene.time_s() - begin_s
-    if scene.automatic:
-        return round(since_s, 3) if since_s is not None and end_s - since_s >= config.hold_s else None
-    return round(end_s, 3) if scene.judge() else None
+    return round(since_s, 3) if since_s is not None and end_s - since_s >= config.hold_s else None

@@ -4,9 +4,10 @@ Every wait has a limit and a message; every wait also watches the graph's proces
 """
 
 import contextlib
+import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,43 @@ class Session:
             kind = SetBool if service == "save_episode" else Trigger
             self.wait(self._client(kind, service).service_is_ready, limit_s, f"the service {service}")
         self.wait(lambda: self.safety_state not in ("", "DISCONNECTED"), limit_s, "connecting to the arm")
+
+
+@contextlib.contextmanager
+def interrupted_when_left() -> Iterator[None]:
+    """SIGTERM and SIGHUP (of a terminal that closes) raise KeyboardInterrupt inside the block, once, where by default
+    the process would die and stop nothing. What is ignored (nohup) stays so. For the main thread alone."""
+    taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+
+    def interrupt(number: int, _: object) -> None:
+        for other in taken:  # the shell sends SIGHUP as well: what stops the robot must not be interrupted again
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def ended_by(session: Session, service: str) -> Iterator[None]:
+    """Calls the service as soon as the block ends, however it ends. Should that fail too, the block's error is told
+    first; and after a failing call nothing goes on, not even after a RobotFault."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            session.call(service)
+        except SessionError as later:
+            if isinstance(error, (SessionError, RobotFault)):
+                raise SessionError(f"{error}; and then: {later}") from error
+            error.add_note(str(later))
+        raise
+    session.call(service)
 
 
 def contract_name(embodiment: Embodiment) -> str:

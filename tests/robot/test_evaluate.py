@@ -1,13 +1,19 @@
 import json
+import os
+import signal
+import time
+from unittest.mock import Mock
 
 import pytest
 
+from bridge.errors import RobotFault
 from bridge.run_files import read_lines
 from bridge.trials import summarise
 from robot import evaluate
 from robot.evaluate import EvalConfig
 from robot.scene import SessionError
-from tests.robot.scripted_session import ScriptedSession
+from robot.session import ended_by, interrupted_when_left
+from tests.robot.scripted_session import ScriptedScene, ScriptedSession
 
 SOLVED = {"success_s": (3.0, 1e9)}
 
@@ -15,7 +21,7 @@ SOLVED = {"success_s": (3.0, 1e9)}
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def run(script, **keys) -> ScriptedSession:
-        session = ScriptedSession(script)
+        session = script if isinstance(script, ScriptedSession) else ScriptedSession(script)
         monkeypatch.setattr(evaluate, "Session", session)
         evaluate.evaluate(EvalConfig(name="r", runs_dir=str(tmp_path), **keys))
         return session
@@ -48,6 +54,62 @@ def test_trials_that_are_there_are_not_repeated(run):
 def test_the_policy_is_stopped_after_every_trial(run):
     session = run({0: {"fault_s": 1.0}, 1: SOLVED}, trials=2, seed=0, trial_s=5.0)
     assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop"] * 2
+
+
+def test_a_person_is_asked_only_once_the_policy_is_off(run, monkeypatch):
+    """Who takes 4 s to answer sees an arm at rest meanwhile, and the trial is none the longer."""
+    session = ScriptedSession({})
+
+    def judge(scene) -> bool:
+        session.calls.append((session.seed, "judge"))
+        session.spin(4.0)
+        return session.seed == 0
+
+    monkeypatch.setattr(ScriptedScene, "automatic", False)
+    monkeypatch.setattr(ScriptedScene, "success", lambda scene: None)
+    monkeypatch.setattr(ScriptedScene, "judge", judge)
+    run(session, trials=2, seed=0, trial_s=2.0)
+    assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop", "judge"] * 2
+    first, second = run.trials()
+    assert (first["success"], second["success"], second["fault"]) == (True, False, "")
+    assert first["duration_s"] == first["time_to_success_s"] == pytest.approx(2.1, abs=0.11)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SessionError, OSError])
+def test_the_policy_is_stopped_however_a_trial_ends(run, error):
+    session = ScriptedSession({})
+    session.check_arm = Mock(side_effect=error)
+    with pytest.raises(error):
+        run(session, trials=1, seed=0)
+    assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop"]
+
+
+@pytest.mark.parametrize("error", [SessionError("the wrist camera died"), RobotFault("reflex"), KeyboardInterrupt()])
+def test_a_stop_that_fails_is_told_after_what_ended_the_trial(run, error):
+    session = ScriptedSession({})
+    session.check_arm = Mock(side_effect=error)
+    session.call = Mock(side_effect=["", SessionError("nobody answers runtime_node/stop")])
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SessionError) as raised:
+        run(session, trials=2, seed=0)
+    assert str(raised.value).startswith(str(error))
+    assert "nobody answers" in "".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert session.call.call_count == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_terminal_that_closes_ends_a_trial_as_ctrl_c_does(number):
+    stop = Mock()
+    stop.call.side_effect = lambda _: os.kill(os.getpid(), signal.SIGHUP)  # the shell sends one as well
+
+    def trial() -> None:
+        with interrupted_when_left(), ended_by(stop, "stop"):
+            os.kill(os.getpid(), number)
+            time.sleep(5.0)
+
+    with pytest.raises(KeyboardInterrupt, match=number.name):
+        trial()
+    stop.call.assert_called_once_with("stop")
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_faults_are_not_failures(run):
