@@ -78,7 +78,7 @@ class CheckpointSubscriber:
         self._running = current_version
         self._ready: queue.SimpleQueue[Path | BaseException] = queue.SimpleQueue()
         self._to_confirm: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._confirmed = current_version
+        self._confirmed = self._named(current_version)
         self._sequence = -1
         self._target: CheckpointInfo | None = None
         self._manifest: bytes | None = None
@@ -94,7 +94,7 @@ class CheckpointSubscriber:
         self._announcements.subscribe(b"")
         # The contract is checked on each announcement, not here: a publisher may change embodiment.
         self._end = CallerEnd(
-            fetch_endpoint, "checkpoints", None, role=role, keys=keys, limits=LIMITS, hello=self._hello
+            fetch_endpoint, "checkpoints", None, role=role, keys=keys, limits=LIMITS, hello=lambda: self._confirmed
         )
         self._welcomes = 0
         self._stop = threading.Event()
@@ -160,8 +160,8 @@ class CheckpointSubscriber:
                 if self._assembly is not None:
                     self._assembly.ask_again()
             while not self._to_confirm.empty():
-                self._confirmed = self._to_confirm.get()
-                self._end.send(encode("confirm", {"version": self._confirmed}))
+                self._confirmed = self._named(self._to_confirm.get())
+                self._end.send(encode("confirm", self._confirmed))
             self._go_on()
         except (Refused, SchemaMismatch) as error:
             self._counts["refused"] += 1
@@ -172,8 +172,9 @@ class CheckpointSubscriber:
         except CorruptData as error:
             self._pause("damaged", error)
 
-    def _hello(self) -> dict[str, Any]:
-        return {"policy_version": self._confirmed}
+    def _named(self, version: int) -> dict[str, Any]:
+        """The bundle that runs: another run's has the same number and another manifest."""
+        return {"policy_version": version, "policy_manifest": _manifest_hash(bundle_path(self.root, version))}
 
     def _hear_announcements(self) -> None:
         while True:
@@ -208,15 +209,18 @@ class CheckpointSubscriber:
             return
         if sequence == self._sequence:
             return
-        if info.version <= self._running and not info.rollback:
-            log.info("version %d is announced; %d runs already", info.version, self._running)
         self._counts["announcements"] += 1
         text = json.dumps({key: body[key].hex() for key in ("announcement", "signature")})
         durable.write_text(self.root / ANNOUNCEMENT, text)
         self._sequence = sequence
         self._give_up()
+        runs = _manifest_hash(bundle_path(self.root, self._running))
         if info.version > self._running or info.rollback:
             self._target, self._resume_s = info, 0.0
+        elif info.version < self._running or runs == info.manifest_sha256:
+            log.info("version %d is announced; %d runs already", info.version, self._running)
+        else:  # a person has to look: whoever announced it waits for us
+            self._ready.put(Refused(f"version {info.version} is announced, but what runs is another run's"))
 
     def _give_up(self) -> None:
         if self._assembly is not None:

@@ -1,7 +1,7 @@
 """Checkpoints from the learner to policy servers: announce, fetch, verify, confirm.
 
     publisher  --PUB-->     announcement (signed): version, manifest's SHA-256, sequence number
-    subscriber --DEALER-->  hello, `current`, `want` [hashes], `confirm` version
+    subscriber --DEALER-->  hello, `current`, `want` [hashes], `confirm` version + manifest's SHA-256 (as in hello)
     publisher  --ROUTER-->  welcome and `current` (the announcement again), `block` hash + bytes, `absent` hash
 
 What is announced over PUB may be lost: the same announcement is in the welcome and is asked for every few seconds. A
@@ -22,7 +22,7 @@ from bridge import durable
 from bridge.announcement import open_announcement, pack_announcement
 from bridge.checkpoint import MANIFEST, bundle_path, bundles, prune_bundles, read_manifest
 from bridge.checkpoint_fetch import LIMITS, WINDOW, CheckpointSubscriber
-from bridge.codec import Blob, encode
+from bridge.codec import Blob, encode, text
 from bridge.errors import BridgeTimeout
 from bridge.handshake import Caller, ListenerEnd
 from bridge.keys import Keys
@@ -183,7 +183,7 @@ class CheckpointPublisher:
             case "current":
                 self._end.send(caller, "current", self._announced)
             case "confirm":
-                self._note_confirmed(caller, message.body.get("version"))
+                self._note_confirmed(caller, message.body)
 
     def _send_block(self) -> None:
         uid, (caller, queue) = next(iter(self._wanted.items()))
@@ -212,14 +212,16 @@ class CheckpointPublisher:
 
     def _welcome(self, caller: Caller) -> dict[str, Any]:
         self._wanted.pop(caller.uid, None)  # a caller that comes back asks anew
-        self._note_confirmed(caller, caller.policy_version)
+        self._note_confirmed(caller, caller.hello)
         return self._announced
 
-    def _note_confirmed(self, caller: Caller, version: Any) -> None:
-        if isinstance(version, int) and version >= 0:
-            with self._changed:
+    def _note_confirmed(self, caller: Caller, body: dict[str, Any]) -> None:
+        version, folder = body.get("policy_version"), self._manifests.get(text(body, "policy_manifest"))
+        with self._changed:
+            self._confirmed.pop(caller.uid, None)
+            if isinstance(version, int) and folder == bundle_path(self.root, version):  # ours, not another run's
                 self._confirmed[caller.uid] = (version, caller.name)
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -42,7 +42,6 @@ class Caller:
     uid: str
     name: str
     role: str
-    policy_version: int
     heard_s: float
     key: str | None = None
     hello: dict[str, Any] = field(default_factory=dict)
@@ -296,9 +295,7 @@ class ListenerEnd:
         if len(self.callers) >= MAX_CALLERS:
             # One that left says nothing more; one that is only quiet is asked who it is, and says hello again.
             del self.callers[min(self.callers, key=lambda r: self.callers[r].heard_s)]
-        version = hello.get("policy_version")
-        version = version if isinstance(version, int) else -1
-        caller = Caller(route, uid, text(hello, "name")[:64], role, version, now_s, key, hello)
+        caller = Caller(route, uid, text(hello, "name")[:64], role, now_s, key, hello)
         if isinstance(sent_ns := hello.get("sent_ns"), int):
             caller.age_s(sent_ns)
         self.callers[route] = caller

@@ -14,7 +14,7 @@ from bridge.announcement import pack_announcement
 from bridge.checkpoint import bundle_path, latest_bundle, prune_bundles, read_manifest, verify_bundle, write_bundle
 from bridge.checkpoint_stream import CheckpointPublisher, CheckpointSubscriber, Rate
 from bridge.embodiment import Camera, Embodiment
-from bridge.errors import BridgeTimeout, CorruptData, SchemaMismatch
+from bridge.errors import BridgeTimeout, CorruptData, Refused, SchemaMismatch
 from bridge.messages import CheckpointInfo
 from bridge.transfer import BLOCK_BYTES, Assembly, BlockSource, describe
 
@@ -231,6 +231,25 @@ def test_versions_move_forward_unless_it_is_a_rollback(tmp_path):
         subscriber.confirm(1)
         publisher.announce(2)  # and forward again, from the disk
         assert wait_for(subscriber.poll).name == "000002"
+
+
+def test_another_runs_bundle_of_the_same_number_is_not_confirmed(tmp_path):
+    for name in ("ours", "other"):
+        bundle(tmp_path / name, 4, expert=len(name))
+    with publishing(tmp_path / "ours") as publisher:
+        ends = publisher.announce_endpoint, publisher.fetch_endpoint
+        with subscribing(publisher, tmp_path / "to") as subscriber:
+            publisher.announce(4)
+            wait_for(subscriber.poll)
+            subscriber.confirm(4)
+            assert publisher.wait_confirmed(4, timeout_s=10)
+            publisher.close()
+            with publishing(tmp_path / "other", *ends) as other:
+                other.announce(4)
+                with pytest.raises(Refused, match="version 4 is announced, but what runs is another run's"):
+                    wait_for(subscriber.poll)
+                with pytest.raises(BridgeTimeout, match="confirmed by 0 of 1"):
+                    other.wait_confirmed(4, timeout_s=0.3)
 
 
 def test_an_old_announcement_is_not_acted_upon(tmp_path):
