@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bridge.embodiment import Embodiment
-from robot.arm_thread import ArmSample, ArmThread
+from robot.arm_thread import ArmSample, ArmThread, finish
 from robot.black_box import AFTER_S, BlackBox
 from robot.body import Body
 from robot.config import ArmConfig
@@ -148,8 +148,10 @@ class ArmDriver:
             return True
 
     def stop(self, reason: str = "stop requested") -> None:
-        """Brake now and latch a fault."""
-        self.fault(reason)
+        """Brake now and latch a fault, that of an acknowledgement under way, too."""
+        with self.lock:
+            self.fault(reason)
+            finish(self._worker.requests.acknowledge, RuntimeError(reason))
 
     def fault(self, reason: str) -> None:
         with self.lock:

@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -75,11 +75,11 @@ class ArmThread(threading.Thread):
 
     def leave_behind(self) -> None:
         """The thread is stuck inside a call: nobody will use it or wait for it again."""
-        self.is_usable = False
-        self.requests.closing.set()
-        for future in (self.requests.home, self.requests.acknowledge):
-            if future is not None and not future.done():
-                future.set_exception(RuntimeError(f"{self.call} did not return"))
+        with self.driver.lock:  # an acknowledgement has either cleared the fault by now or never will
+            self.is_usable = False
+            self.requests.closing.set()
+            for future in (self.requests.home, self.requests.acknowledge):
+                finish(future, RuntimeError(f"{self.call} did not return"))
         # It may spin for ever, it and the robot's control thread, and under SCHED_FIFO 99 take all cores: only what
         # nobody else wants is left to them.
         for thread in map(int, os.listdir("/proc/self/task")):
@@ -222,9 +222,9 @@ class ArmThread(threading.Thread):
             with driver.lock:
                 driver.path.reset(driver.samples[-1].T_base_tcp)
                 driver.machine.reason = "at home"
-            _finish(future, None)
+            finish(future, None)
         except ROBOT_ERRORS as error:
-            _finish(future, error)
+            finish(future, error)
             raise
         finally:
             self.requests.home, self.is_homing = None, False
@@ -232,7 +232,7 @@ class ArmThread(threading.Thread):
     def _refuse_home(self) -> None:
         """What was asked for just before a fault."""
         future, self.requests.home = self.requests.home, None
-        _finish(future, RuntimeError(self.driver.machine.reason))
+        finish(future, RuntimeError(self.driver.machine.reason))
 
     def _wait_motion(self, until_s: float) -> None:
         """Until the motion has ended; a fault or a timeout ends it. Raises what the motion ended with."""
@@ -255,14 +255,16 @@ class ArmThread(threading.Thread):
             if mode != franky.RobotMode.Idle:
                 raise RuntimeError(f"the robot is still in mode {mode.name}")
             with driver.lock:
+                if future.done():  # refused meanwhile: by a stop, or since this took too long
+                    return
                 driver.start_gripper()
                 driver.path.reset(driver.samples[-1].T_base_tcp)
                 driver.machine.acknowledge()
+                finish(future, None)
             log.info("fault acknowledged")
-            _finish(future, None)
         except ROBOT_ERRORS as error:
             driver.machine.reason = first_line(error)
-            _finish(future, error)
+            finish(future, error)
             if isinstance(error, franky.NetworkException) or "Net Exception" in str(error):
                 raise
         finally:
@@ -277,7 +279,7 @@ class ArmThread(threading.Thread):
             self.call, self._robot = "dropping the connection", None
         for name in ("home", "acknowledge"):
             if (future := getattr(self.requests, name)) is not None:
-                _finish(future, error)
+                finish(future, error)
                 setattr(self.requests, name, None)
 
     def _end_stream(self) -> None:
@@ -295,10 +297,12 @@ class ArmThread(threading.Thread):
             self._robot = None
 
 
-def _finish(future: Future | None, error: Exception | None) -> None:
-    if future is None or future.done():
+def finish(future: Future | None, error: Exception | None) -> None:
+    """Answer whoever asked; the first answer counts. Any thread."""
+    if future is None:
         return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(RuntimeError(first_line(error)))
+    with suppress(InvalidStateError):
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(RuntimeError(first_line(error)))

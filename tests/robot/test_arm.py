@@ -213,6 +213,55 @@ def test_stop_ends_the_motion_and_needs_an_acknowledgement(arm, cell):
     arm.home().result(PATIENCE_S)
 
 
+class SlowToRecover:
+    """The real robot, whose recovery begins and returns when the test lets it."""
+
+    has_errors = True
+
+    def __init__(self, robot):
+        self._robot, self.begun, self.go_on = robot, threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._robot, name)
+
+    def recover_from_errors(self):
+        self.begun.set()
+        self.go_on.wait(PATIENCE_S)
+
+
+def test_a_stop_during_an_acknowledgement_keeps_the_fault(arm):
+    arm.stop("the first stop")
+    worker, robot = arm._worker, arm._worker._robot
+    worker._robot = slow = SlowToRecover(robot)
+    answer = arm.acknowledge()
+    assert slow.begun.wait(PATIENCE_S)
+    arm.stop("the second stop")
+    slow.go_on.set()
+    assert str(answer.exception(PATIENCE_S)) == "the second stop"
+    wait_for(lambda: worker.requests.acknowledge is None, PATIENCE_S, "the end of the recovery")
+    assert arm.snapshot().state is State.FAULT
+    worker._robot = robot
+    arm.acknowledge().result(PATIENCE_S)
+    assert arm.snapshot().state is State.IDLE
+
+
+def test_an_acknowledgement_that_took_too_long_clears_nothing_later():
+    with running_cell() as cell:
+        arm = connect(cell, call_timeout_s=0.7)
+        try:
+            arm.stop()
+            worker = arm._worker
+            worker._robot = slow = SlowToRecover(worker._robot)
+            with pytest.raises(RuntimeError, match="recover_from_errors did not return"):
+                arm.acknowledge().result(PATIENCE_S)
+            slow.go_on.set()
+            worker.join(PATIENCE_S)
+            assert not worker.is_alive()
+            assert arm.snapshot().state is State.FAULT
+        finally:
+            arm.close()
+
+
 def test_a_short_pause_of_the_states_holds_and_goes_on(arm, cell):
     play(arm, cell, [move(0.01)] * 2)
     cell.inject("pause", duration_s=0.4)
