@@ -39,7 +39,7 @@ class PickPlaceExpert:
 
     def reset(self, seed: int) -> None:
         """Start a new demonstration. The same seed gives the same small variations of path and speed."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng([seed, 3])  # the scene of this seed draws from others
         self._hover_height_m = rng.uniform(0.08, 0.12)
         self._carry_height_m = rng.uniform(0.11, 0.15)
         self._retreat_height_m = rng.uniform(0.07, 0.10)

@@ -193,7 +193,7 @@ def demonstrate(twin: Any, config: TwinDemosConfig, seed: int, folder: Path) -> 
     """One episode of the expert from a displaced start, written to `folder` when it succeeds."""
     embodiment, period_ns = config.embodiment, round(1e9 / config.embodiment.policy_rate_hz)
     twin.reset(seed)
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 4])  # 1 is the scene's physics, 3 the expert's
     displace(twin, rng, config.start_range_m)
     act = behaviour("expert", twin, seed)
     rate_hz, size = int(embodiment.policy_rate_hz), config.picture_size

@@ -6,6 +6,7 @@ import pytest
 from bridge import pose
 from bridge.dataset import DatasetStore, read_episode, video_path
 from bridge.video import decode_frames
+from sim.twin import demos
 from sim.twin.demos import REPO_IDS, TwinDemosConfig, demonstrate, main
 
 
@@ -52,6 +53,20 @@ def test_noise_is_executed_but_not_recorded(twin, embodiment, config, tmp_path):
     for row in action:
         T = pose.integrate(T, row)
     assert np.linalg.norm(T[:3, 3] - (twin.facts.T_base_target[:3, 3])) > 1e-3
+
+
+def test_a_start_says_nothing_of_its_scene(twin, config, tmp_path, monkeypatch):
+    """It is drawn from other numbers than the scene (none), its physics (1), shoving (2) and the expert (3)."""
+    drawn = []
+
+    def displaced(_, rng, range_m):
+        drawn.append(rng.random())
+        raise InterruptedError
+
+    monkeypatch.setattr(demos, "displace", displaced)
+    with pytest.raises(InterruptedError):
+        demonstrate(twin, config, 5, tmp_path / "episode")
+    assert drawn[0] not in [np.random.default_rng(other).random() for other in (5, [5, 1], [5, 2], [5, 3])]
 
 
 def test_bad_settings_are_refused():
