@@ -15,6 +15,7 @@ from bridge.embodiment import Embodiment
 from learner.policy import Policy
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HEAD_NAMES = {"value_head", "noise_head"}  # what a policy may gain or give up between two trainings
 
 # `type` in a bundle's config.json -> module with `from_bundle(folder, embodiment, device, changes) -> Policy`.
 # `_lora`: with adapters beside the weights, which LeRobot must not open without them.
@@ -46,14 +47,28 @@ def load_policy(folder: Path, device: str = "cpu", changes: Mapping[str, Any] | 
     return importlib.import_module(TYPES[kind]).from_bundle(Path(folder), embodiment, device, changes or {})
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Every tensor of the file into `module`, strictly. Raises ValueError naming all keys that do not fit."""
+def load_weights(module: nn.Module, path: Path, fresh: bool = False) -> None:
+    """Every tensor of the file into `module`, strictly; with `fresh` the `HEAD_NAMES` only where both have them. Raises
+    ValueError naming all keys that do not fit."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    require_fit(module.state_dict(), tensors, f"{path} does not fit {type(module).__name__}")
-    module.load_state_dict(tensors)
+    wanted: Mapping[str, Tensor] = module.state_dict()
+    if fresh:
+        wanted, tensors = without_lone_heads(wanted, tensors)
+    require_fit(wanted, tensors, f"{path} does not fit {type(module).__name__}")
+    module.load_state_dict(tensors, strict=not fresh)
+
+
+def without_lone_heads(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Both without each of the `HEAD_NAMES` that only one of them has any part of: it is new, or wanted no more."""
+    names, others = ({key.split(".")[0] for key in keys} for keys in (wanted, tensors))
+    lone = (names ^ others) & HEAD_NAMES
+    ours, theirs = ({k: v for k, v in each.items() if k.split(".")[0] not in lone} for each in (wanted, tensors))
+    return ours, theirs
 
 
 def require_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], problem: str) -> None:

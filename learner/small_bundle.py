@@ -30,8 +30,8 @@ def bundle_files(policy: SmallPolicy) -> dict[str, bytes]:
 def from_bundle(
     folder: Path, embodiment: Embodiment, device: str = "cpu", changes: Mapping[str, Any] | None = None
 ) -> SmallPolicy:
-    """`changes`: keys of the saved config that shall have other values. Raises ValueError naming the file and every key
-    that does not fit."""
+    """`changes`: keys of the saved config that shall have other values; a noise head may come or go with them.
+    Raises ValueError naming the file and every key that does not fit."""
     try:
         saved = OmegaConf.create(json.loads((folder / CONFIG).read_text())["policy"])
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SmallPolicyConfig), saved, changes or {}))
@@ -42,5 +42,5 @@ def from_bundle(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / NORMALIZATION} is not a small policy's normalisation: {error!r}") from error
     policy = SmallPolicy(config, embodiment, statistics)
-    load_weights(policy, folder / WEIGHTS)
+    load_weights(policy, folder / WEIGHTS, fresh=bool(changes))
     return policy.to(device).eval()

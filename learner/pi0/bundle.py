@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bridge.embodiment import Embodiment
-from learner.load import CONFIG, WEIGHTS, require_fit
+from learner.load import CONFIG, WEIGHTS, require_fit, without_lone_heads
 from learner.pi0.adapters import LoraConfig, adapter_weights
 from learner.pi0.config import ModelConfig, VisionConfig
 from learner.pi0.inputs import Tokenizer
@@ -77,14 +77,16 @@ def from_bundle(
 
 def load_weights(policy: Pi0Policy, folder: Path, fresh: bool = False, allow: Iterable[str] = ()) -> None:
     """A folder's network, critic, noise head and adapters into `policy`. With `fresh`, heads and adapters that the
-    folder has no file of keep their initial values (to fine-tune a released network); all else fits or is a
-    ValueError."""
+    folder lacks keep their initial values and heads that `policy` lacks are left out (to go on otherwise than before);
+    all else fits or is a ValueError."""
     load_released(policy.model, read_tensors(folder / WEIGHTS), allow, str(folder / WEIGHTS))
     extra = {HEADS: policy.heads().state_dict(), ADAPTERS: adapter_weights(policy.model)}
     for name, wanted in extra.items():
         exists = (folder / name).exists()
         if exists or (wanted and not fresh):
             tensors = read_tensors(folder / name)
+            if fresh:
+                wanted, tensors = without_lone_heads(wanted, tensors)
             require_fit(wanted, tensors, f"{folder / name} does not fit this policy")
             with torch.no_grad():
                 for key, value in wanted.items():

@@ -2,18 +2,31 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
 from bridge.checkpoint import write_bundle
+from bridge.config import CONFIG_DIR
 from learner import train as train_module
 from learner.explain import explain
-from learner.load import bundle_files
+from learner.flow import FlowConfig
+from learner.load import WEIGHTS, bundle_files, load_policy
+from learner.noise import NoiseConfig
+from learner.pi0.bundle import HEADS
+from learner.pi0.config import tiny
+from learner.pi0.policy import Pi0Policy
 from learner.recipes import FIXED, KNOWN, RECIPES, _leaves, _read, load_train, recipe_names, translate
+from learner.small_policy import SmallPolicy
 from learner.train import TrainConfig, main, train
 from tests.learner.pi0.test_policy import make
 from tests.learner.pi0.words import write_tokenizer
+from tests.learner.test_ppo import tiny_policy
 from tests.learner.toy_cell import ToyVectorEnv, tabletop
 from tests.learner.toy_data import SIZE, write_dataset
 
@@ -136,6 +149,75 @@ def test_every_key_is_read():
     assert {key for key in written if key.split(".")[0] in ("actor", "algorithm", "env", "rollout", "runner")} <= KNOWN
     for key, (allowed, _) in FIXED.items():
         assert not translate({key: allowed[0]}), f"{key} is a check, not a setting"
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """Tiny checkpoints with the heads that `cotwin sft policy=pi0` and `policy=pi05` leave."""
+    folder = tmp_path_factory.mktemp("stock")
+    for variant in ("pi0", "pi05"):
+        given = yaml.safe_load((CONFIG_DIR / f"policy/{variant}.yaml").read_text())
+        flow, model = FlowConfig(**given.pop("flow")), tiny(variant, given.pop("model")["horizon"])
+        policy = make(variant, flow=flow, noise=NoiseConfig(**given.pop("noise", {})), **given | {"model": model})
+        write_bundle(folder / variant, dict(bundle_files(policy)), tabletop(), 1, 0, 0, {})
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_opens_what_stage_1_leaves(name, stock):
+    """A head that both have is kept, one that only the recipe has is new, one that only the checkpoint has goes."""
+    changes = dict(loaded(f"config={name}").policy)
+    model = changes.pop("model")
+    variant, changes["model"] = model["variant"], {"horizon": model["horizon"]}  # the tiny one's own sizes otherwise
+    policy = cast(Pi0Policy, load_policy(stock / variant, changes=changes))
+    saved = load_file(stock / variant / "heads.safetensors")
+    heads = policy.heads()
+    assert ("value_head" in heads, "noise_head" in heads) == ("ppo" in name, name == CO_TRAINING)
+    for key, value in heads.state_dict().items():
+        assert torch.equal(value, saved[key])
+
+
+def test_heads_may_be_new_but_not_in_parts_and_only_where_changes_are_asked_for(stock, tmp_path):
+    noisy = {"flow": {"method": "flow_noise", "joint": True}}
+    policy = cast(Pi0Policy, load_policy(stock / "pi0", changes=noisy))
+    saved = load_file(stock / "pi0/heads.safetensors")
+    assert policy.noise_head is not None
+    assert policy.value_head is not None
+    assert not any(key.startswith("noise_head") for key in saved)
+    assert torch.equal(policy.value_head.state_dict()["mlp.0.weight"], saved["value_head.mlp.0.weight"])
+    with pytest.raises(ValueError, match=r"value_head\.mlp\.0\.weight is"):  # of other features
+        load_policy(stock / "pi0", changes={"value_after_vlm": True})
+    folder = shutil.copytree(stock / "pi0", tmp_path / "partial")
+    save_file({key: value for key, value in saved.items() if key != "value_head.mlp.0.bias"}, folder / HEADS)
+    with pytest.raises(ValueError, match=r"missing value_head\.mlp\.0\.bias"):
+        load_policy(folder, changes=noisy)
+    folder = shutil.copytree(stock / "pi05", tmp_path / "lacking")
+    for gone in ("noise_head", "value_head"):
+        saved = load_file(stock / "pi05" / HEADS)
+        save_file({key: value for key, value in saved.items() if not key.startswith(gone)}, folder / HEADS)
+        with pytest.raises(ValueError, match=f"missing {gone}"):
+            load_policy(folder)
+    with pytest.raises(ValueError, match=r"noise_head\.mlp\.0\.weight is"):
+        load_policy(folder, changes={"add_value_head": False} | noisy | {"noise": {"hidden": [8]}})
+
+
+def test_a_small_policy_gains_and_gives_up_a_noise_head_too(tmp_path):
+    plain, noisy = {"method": "flow_sde", "joint": True}, {"method": "flow_noise", "joint": True, "last_steps": 0}
+    policies = [tiny_policy(), tiny_policy(**noisy)]
+    for policy, asked in zip(policies, (noisy, plain), strict=True):
+        folder = tmp_path / policy.config.flow.method
+        write_bundle(folder, dict(bundle_files(policy)), tabletop(), 1, 0, 0, {})
+        opened = cast(SmallPolicy, load_policy(folder, changes={"flow": asked | {"last_steps": 0}}))
+        assert (opened.noise_head is None) == (asked is plain)
+        ours, theirs = opened.state_dict(), policy.state_dict()
+        assert {key.split(".")[0] for key in ours.keys() ^ theirs.keys()} == {"noise_head"}
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() & theirs.keys())
+    without, with_head = (tmp_path / p.config.flow.method for p in policies)
+    for folder, other, words in ((without, with_head, "unexpected"), (with_head, without, "missing")):
+        mixed = shutil.copytree(folder, tmp_path / words)
+        shutil.copy(other / WEIGHTS, mixed / WEIGHTS)
+        with pytest.raises(ValueError, match=f"{words} noise_head"):
+            load_policy(mixed)
 
 
 @pytest.fixture(scope="module")
