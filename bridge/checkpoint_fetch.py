@@ -25,6 +25,7 @@ from bridge.checkpoint import (
     bundles,
     finish_bundle,
     info_of,
+    latest_bundle,
     prune_bundles,
     read_manifest,
     verify_bundle,
@@ -132,7 +133,7 @@ class CheckpointSubscriber:
 
     def _run(self) -> None:
         try:
-            self._recall()
+            self._consider(_accepted(self.root))  # it still holds, and may have a bundle to finish
             while not self._stop.is_set():
                 self._step()
         except BaseException as error:  # the owner must hear of it: poll raises it
@@ -184,16 +185,6 @@ class CheckpointSubscriber:
                 self._consider(decode(frames, LIMITS).body)
             except BridgeError as error:
                 log.warning("dropped an announcement: %s", error)
-
-    def _recall(self) -> None:
-        """After a restart: the last accepted announcement still holds, and may have a bundle to finish."""
-        try:
-            stored = json.loads((self.root / ANNOUNCEMENT).read_text())
-            self._consider({key: bytes.fromhex(value) for key, value in stored.items()})
-        except FileNotFoundError:
-            return
-        except (ValueError, AttributeError) as error:
-            log.warning("%s is damaged (%s); waiting for the publisher", self.root / ANNOUNCEMENT, error)
 
     def _consider(self, body: dict[str, Any]) -> None:
         """Accept an announcement that is genuine, new and ahead; refuse and log any other."""
@@ -346,6 +337,29 @@ class CheckpointSubscriber:
         self._give_up()
         log.info("version %d is ready in %s", target.version, folder)
         self._ready.put(folder)
+
+
+def bundle_to_run(root: Path) -> Path | None:
+    """What a server starts with: the newest bundle, unless the last accepted announcement went back to another."""
+    newest = latest_bundle(root)
+    try:
+        info, _ = open_announcement(_accepted(root), None)  # whose it is was checked when it was accepted
+    except CorruptData:
+        return newest
+    folder = bundle_path(root, info.version)
+    return folder if info.rollback and _manifest_hash(folder) == info.manifest_sha256 else newest
+
+
+def _accepted(root: Path) -> dict[str, bytes]:
+    """The last announcement that was accepted; empty where there is none."""
+    try:
+        stored = json.loads((root / ANNOUNCEMENT).read_text())
+        return {key: bytes.fromhex(value) for key, value in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("%s is damaged (%s); waiting for the publisher", root / ANNOUNCEMENT, error)
+        return {}
 
 
 def _manifest_hash(folder: Path) -> str | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bridge.checkpoint import latest_bundle, verify_bundle
+from bridge.checkpoint import verify_bundle
+from bridge.checkpoint_fetch import bundle_to_run
 from bridge.checkpoint_stream import CheckpointSubscriber
 from bridge.config import command_line, errors_in_one_line
 from bridge.embodiment import Embodiment
@@ -182,7 +183,7 @@ def serve(config: ServeConfig) -> None:
     root.mkdir(parents=True, exist_ok=True)
     policy = SwappingPolicy(config.embodiment, config.device)
     pictures = None
-    if newest := latest_bundle(root):
+    if newest := bundle_to_run(root):
         policy.offer(loaded := policy.load(newest))
         pictures = loaded.pictures
     keys, version = Keys.at(config.keys), policy.version

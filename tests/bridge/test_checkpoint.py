@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save
 from bridge import checkpoint_fetch, transfer
 from bridge.announcement import pack_announcement
 from bridge.checkpoint import bundle_path, latest_bundle, prune_bundles, read_manifest, verify_bundle, write_bundle
+from bridge.checkpoint_fetch import bundle_to_run
 from bridge.checkpoint_stream import CheckpointPublisher, CheckpointSubscriber, Rate
 from bridge.embodiment import Camera, Embodiment
 from bridge.errors import BridgeTimeout, CorruptData, Refused, SchemaMismatch
@@ -231,6 +232,23 @@ def test_versions_move_forward_unless_it_is_a_rollback(tmp_path):
         subscriber.confirm(1)
         publisher.announce(2)  # and forward again, from the disk
         assert wait_for(subscriber.poll).name == "000002"
+
+
+def test_a_server_starts_with_what_was_rolled_back_to(tmp_path):
+    assert bundle_to_run(tmp_path / "to") is None
+    for version in (1, 2):
+        bundle(tmp_path / "from", version)
+    with publishing(tmp_path / "from") as publisher, subscribing(publisher, tmp_path / "to") as subscriber:
+        for move, version in ((publisher.announce, 1), (publisher.announce, 2), (publisher.rollback, 1)):
+            move(version)
+            wait_for(subscriber.poll)
+            subscriber.confirm(version)
+        assert bundle_to_run(tmp_path / "to") == tmp_path / "to/000001"
+        publisher.announce(2)
+        wait_for(subscriber.poll)
+        assert bundle_to_run(tmp_path / "to") == tmp_path / "to/000002"
+    (tmp_path / "to/.announcement").write_text('{"announcement": 1')
+    assert bundle_to_run(tmp_path / "to") == tmp_path / "to/000002"
 
 
 def test_another_runs_bundle_of_the_same_number_is_not_confirmed(tmp_path):

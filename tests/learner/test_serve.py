@@ -1,5 +1,6 @@
 """`cotwin serve` and `cotwin push` as processes: a robot is answered, a push swaps the weights, SIGTERM ends it."""
 
+import json
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import pytest
 import torch
 
 import cotwin
-from bridge.checkpoint import bundle_path, write_bundle
+import learner.serve
+from bridge.announcement import pack_announcement
+from bridge.checkpoint import bundle_path, read_manifest, write_bundle
 from bridge.config import load
 from bridge.embodiment import Embodiment
 from bridge.keys import Keys
@@ -124,6 +128,21 @@ def test_a_served_policy_answers_swaps_by_push_and_ends(tmp_path, embodiment, ke
         server.send_signal(signal.SIGTERM)
         assert server.wait(PATIENCE_S) == 0
     assert (tmp_path / "deployed/000002/done").exists()
+
+
+def test_a_restart_begins_with_what_was_rolled_back_to(tmp_path, embodiment, monkeypatch, capsys):
+    for version in (1, 2):
+        write(tmp_path, embodiment, version)
+    info = replace(read_manifest(bundle_path(tmp_path, 1))[0], rollback=True)
+    accepted = {key: value.hex() for key, value in pack_announcement(info, 1, None).items()}
+    (tmp_path / ".announcement").write_text(json.dumps(accepted))
+
+    def listen(*_, policy_version, **__):
+        raise ValueError(f"it would serve version {policy_version}")
+
+    monkeypatch.setattr(learner.serve, "PolicyServer", listen)
+    assert cotwin.main(["serve", f"root={tmp_path}", "threads=1"]) == 1
+    assert "it would serve version 1" in one_error(capsys)
 
 
 def test_what_a_person_can_get_wrong_is_one_line(tmp_path, capsys):
