@@ -4,6 +4,7 @@ The twin calls `pictures` (render: splat) or `composite` (render: composite) onc
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,14 +39,17 @@ class SplatRenderer:
     def device(self) -> torch.device:
         return self._cloud.device
 
-    def pictures(self, T_world_segment: Tensor, cameras: Cameras, fixed: Sequence[bool] = ()) -> Tensor:
-        """uint8 [N, M, H, W, 3] on the device. `T_world_segment` [N, S, 4, 4], e.g. `scene.poses(links, actors)`.
+    def pictures(
+        self, T_world_segment: Tensor, cameras: Cameras, fixed: Sequence[bool] = (), light: Tensor | None = None
+    ) -> Tensor:
+        """uint8 [N, M, H, W, 3] on the device. `T_world_segment` [N, S, 4, 4], e.g. `scene.poses(links, actors)`;
+        `light` [N] is the share of the brightness that the scene was seen in.
 
         `fixed` [M] says which cameras never move (default: none): for these, what is fixed in the world is drawn once
         and laid behind or before the rest by depth. It is drawn anew when their calibration or pose does change.
         """
-        output = self.render(T_world_segment, cameras, fixed)
-        return to_uint8(output.over(self._background(cameras.width, cameras.height)))
+        output, background = self._lit(T_world_segment, cameras, fixed, light)
+        return to_uint8(output.over(background))
 
     def composite(
         self,
@@ -54,15 +58,15 @@ class SplatRenderer:
         sim_rgb: Tensor,
         sim_depth_m: Tensor,
         fixed: Sequence[bool] = (),
+        light: Tensor | None = None,
     ) -> Tensor:
         """Splat and simulator in one picture, the nearer at each pixel: uint8 [N, M, H, W, 3].
 
         `sim_rgb` uint8 [N, M, H, W, 3]; `sim_depth_m` [N, M, H, W], inf where the simulator shows nothing: there the
-        scene's background is used.
+        scene's background is used. `light` [N] is of the splats and this background: the simulator has its own.
         """
-        output = self.render(T_world_segment, cameras, fixed)
+        output, background = self._lit(T_world_segment, cameras, fixed, light)
         sim_depth_m = sim_depth_m.to(self.device)
-        background = self._background(cameras.width, cameras.height)
         sim = torch.where(sim_depth_m.isinf()[..., None], background, sim_rgb.to(self.device) / 255)
         return to_uint8(composite.nearest_wins(output, sim, sim_depth_m))
 
@@ -85,6 +89,17 @@ class SplatRenderer:
         return RenderOutput(
             *(torch.cat([getattr(o, n) for o in (output, rest)], 1)[:, order] for n in ("rgb", "alpha", "depth_m"))
         )
+
+    def _lit(
+        self, T_world_segment: Tensor, cameras: Cameras, fixed: Sequence[bool], light: Tensor | None
+    ) -> tuple[RenderOutput, Tensor]:
+        """The splats and what is behind them."""
+        output = self.render(T_world_segment, cameras, fixed)
+        background = self._background(cameras.width, cameras.height)
+        if light is None:
+            return output, background
+        share = light.to(output.rgb)[:, None, None, None, None]
+        return replace(output, rgb=output.rgb * share), background * share
 
     def _draw(self, cloud: GaussianCloud, T_world_segment: Tensor, cameras: Cameras) -> RenderOutput:
         config = self._config

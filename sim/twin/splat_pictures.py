@@ -60,15 +60,12 @@ class SplatPictures:
         cameras, poses = Cameras(K, T_world_cam, *self._size), self._renderer.scene.poses(links, actors).to(device)
         if len(poses) != len(views):  # a scene that is wholly fixed
             poses = poses.expand(len(views), -1, 4, 4)
+        light = torch.tensor([view.light for view in views])
         if self._composite:
             rgb, depth_m = (self._stacked([getattr(view, key) for view in views]) for key in ("rgb", "depth_m"))
-            pictures = self._renderer.composite(poses, cameras, rgb, depth_m, self._fixed)
+            pictures = self._renderer.composite(poses, cameras, rgb, depth_m, self._fixed, light)
         else:
-            pictures = self._renderer.pictures(poses, cameras, self._fixed)
-            light = torch.tensor([view.light for view in views])
-            if bool((light != 1.0).any()):
-                lit = pictures * light.to(device)[:, None, None, None, None]
-                pictures = lit.round_().clamp_(max=255).to(torch.uint8)
+            pictures = self._renderer.pictures(poses, cameras, self._fixed, light)
         return dict(zip(self._names, on_host(pictures.transpose(0, 1)), strict=True))
 
     def _stacked(self, views: list[Mapping[str, np.ndarray]]) -> torch.Tensor:

@@ -119,6 +119,25 @@ def test_one_twin_draws_what_the_vector_env_draws(embodiment, scene):
     assert abs(twin.view().light - 1) > 0.02
 
 
+def test_light_falls_on_the_splats_of_a_composite_too(embodiment, robot_only):
+    """On the arm and what is behind it by its mean; SAPIEN's table has the sun and the ambient light of its own."""
+    shown = {}
+    for light in (0.0, 0.3):
+        config = splats(robot_only, randomization=dataclasses.replace(STILL, light=light))
+        twin = Twin(dataclasses.replace(config, render="composite"), embodiment)
+        twin.reset(5)
+        shown[light] = twin.pictures()["third_person"].astype(float)
+    share = twin.view().light
+    assert abs(share - 1) > 0.02
+    assert np.allclose(shown[0.3][0, 0] / shown[0.0][0, 0], share, atol=0.02)  # the scene's blue background
+    drawn = Twin(splats(robot_only), embodiment)
+    drawn.reset(5)
+    arm = np.abs(drawn.pictures()["third_person"] - shown[0.0]).max(axis=2) == 0  # by the splats alone
+    arm &= shown[0.0].min(axis=2) > 60
+    assert arm.sum() > 30
+    assert np.isclose(shown[0.3][arm].mean() / shown[0.0][arm].mean(), share, atol=0.01)
+
+
 def test_gs_kwargs_and_scenes_are_checked(embodiment, scene, tmp_path):
     peer = {"render_interface": "gs_rlinf", "cache_table": False, "render_bs": 4, "device": "cpu"}
     mapped = TwinConfig(render="splat", splat=SplatConfig(str(scene)), gs_kwargs=peer).splat
