@@ -133,7 +133,7 @@ class CheckpointSubscriber:
 
     def _run(self) -> None:
         try:
-            self._consider(_accepted(self.root))  # it still holds, and may have a bundle to finish
+            self._consider(_accepted(self.root), stored=True)  # it still holds, and may have a bundle to finish
             while not self._stop.is_set():
                 self._step()
         except BaseException as error:  # the owner must hear of it: poll raises it
@@ -186,7 +186,7 @@ class CheckpointSubscriber:
             except BridgeError as error:
                 log.warning("dropped an announcement: %s", error)
 
-    def _consider(self, body: dict[str, Any]) -> None:
+    def _consider(self, body: dict[str, Any], stored: bool = False) -> None:
         """Accept an announcement that is genuine, new and ahead; refuse and log any other."""
         if "announcement" not in body:
             return  # a publisher that has announced nothing yet
@@ -201,8 +201,9 @@ class CheckpointSubscriber:
         if sequence == self._sequence:
             return
         self._counts["announcements"] += 1
-        text = json.dumps({key: body[key].hex() for key in ("announcement", "signature")})
-        durable.write_text(self.root / ANNOUNCEMENT, text)
+        if not stored:
+            text = json.dumps({key: body[key].hex() for key in ("announcement", "signature")})
+            durable.write_text(self.root / ANNOUNCEMENT, text)
         self._sequence = sequence
         self._give_up()
         runs = _manifest_hash(bundle_path(self.root, self._running))

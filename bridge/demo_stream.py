@@ -112,7 +112,8 @@ class DemoSender:
     def flush(self, timeout_s: float) -> None:
         """Wait until every episode was acknowledged.
 
-        Raises BridgeTimeout, or SchemaMismatch or Refused when the learner does not let us in; nothing is lost then.
+        Raises BridgeTimeout, SchemaMismatch or Refused when the learner does not let us in, OSError when our disk is
+        full or fails; nothing is lost then.
         """
         until_s = time.monotonic() + timeout_s
         while left := self.pending():
@@ -139,10 +140,12 @@ class DemoSender:
             while not self._stop.is_set():
                 try:
                     self._step()
-                except (Refused, SchemaMismatch) as error:  # by the handshake: it is tried again, somebody must look
+                except (Refused, SchemaMismatch, OSError) as error:  # it is tried again, and somebody must look
                     if self._error is None:
                         log.error("%s", error)
                     self._error = error
+                    if isinstance(error, OSError):  # a full or failing disk; what is in the spool stays there
+                        self._stop.wait(BUSY_S)
         except BaseException as error:
             self._error = error
             raise
@@ -202,6 +205,7 @@ class DemoSender:
                 self._wait_until_s[uuid] = self._heard_s + BUSY_S
             case "refused_episode":
                 self._offered = None
+                self._wait_until_s[uuid] = self._heard_s + 2 * BUSY_S  # others first, should our disk be full
                 reason = str(message.body.get("reason"))
                 log.error("the learner refused episode %s: %s", uuid, reason)
                 durable.make_folder(self.spool_dir / REFUSED)

@@ -1,15 +1,17 @@
 """Checkpoint bundles and their delivery over real sockets."""
 
+import errno
 import json
 import shutil
 import time
 from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from bridge import checkpoint_fetch, transfer
+from bridge import checkpoint_fetch, durable, transfer
 from bridge.announcement import pack_announcement
 from bridge.checkpoint import bundle_path, latest_bundle, prune_bundles, read_manifest, verify_bundle, write_bundle
 from bridge.checkpoint_fetch import bundle_to_run
@@ -61,7 +63,7 @@ def subscribing(publisher, root, embodiment=EMBODIMENT, **options):
 def wait_for(condition, timeout_s=10.0):
     until_s = time.monotonic() + timeout_s
     while time.monotonic() < until_s:
-        if (value := condition()) is not None and value is not False:
+        if value := condition():
             return value
         time.sleep(0.01)
     raise AssertionError("it did not happen")
@@ -216,6 +218,18 @@ def test_a_late_subscriber_learns_the_current_version(tmp_path):
         with subscribing(publisher, tmp_path / "to", current_version=4) as running:
             nothing_comes(running)
             assert publisher.wait_confirmed(4, timeout_s=10)
+
+
+def test_a_full_disk_keeps_no_server_from_starting_again(tmp_path, monkeypatch):
+    bundle(tmp_path / "from", 1)
+    with publishing(tmp_path / "from") as publisher:
+        publisher.announce(1)
+        with subscribing(publisher, tmp_path / "to") as subscriber:
+            wait_for(subscriber.poll)
+        monkeypatch.setattr(durable, "write_text", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        with subscribing(publisher, tmp_path / "to", current_version=1) as again:
+            nothing_comes(again)
+            assert publisher.wait_confirmed(1, timeout_s=10)
 
 
 def test_versions_move_forward_unless_it_is_a_rollback(tmp_path):

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from bridge import demo_stream
+from bridge import demo_stream, durable
 from bridge.dataset import DatasetStore, read_episode
 from bridge.demo_stream import DemoReceiver, DemoSender
 from bridge.embodiment import Embodiment
 from bridge.episode import from_table, read_record
 from bridge.errors import BridgeTimeout, CorruptData, SchemaMismatch, SpoolFull
 from tests.bridge.small_episodes import FPS, small_embodiment, write_episode
+from tests.bridge.test_checkpoint import wait_for
 
 
 @contextmanager
@@ -153,6 +154,28 @@ def test_a_full_disk_at_the_learner_delays_and_loses_nothing(tmp_path, monkeypat
         full.clear()
         sender.flush(20)
     assert len(stored(tmp_path / "data")) == 1
+
+
+def test_a_full_disk_at_the_robot_delays_a_refusal_and_nothing_else(tmp_path, monkeypatch):
+    full, write_text = threading.Event(), durable.write_text
+    full.set()
+
+    def write_or_full(path, text):
+        if full.is_set() and path.name == "refused.txt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_text(path, text)
+
+    monkeypatch.setattr(durable, "write_text", write_or_full)
+    monkeypatch.setattr(demo_stream, "BUSY_S", 0.2)
+    with receiving(tmp_path / "data") as receiver, sending(receiver.endpoint, tmp_path / "spool") as sender:
+        sender.enqueue(write_episode(tmp_path / "a", fps=2 * FPS))
+        wait_for(lambda: sender.stats()["error"])
+        sender.enqueue(write_episode(tmp_path / "b"))
+        wait_for(lambda: sender.stats()["stored"])
+        assert sender.pending() == 1
+        full.clear()
+        wait_for(lambda: sender.stats()["refused"])
+        assert sender.pending() == 0
 
 
 RECEIVER = """
