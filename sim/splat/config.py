@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BACKENDS = ("auto", "gsplat", "torch")
@@ -28,9 +28,9 @@ class SplatConfig:
         if self.images_per_call is not None and self.images_per_call < 1:
             raise ValueError(f"images_per_call {self.images_per_call}: must be at least 1")
 
-    @classmethod
-    def from_gs_kwargs(cls, scene: str, gs_kwargs: Mapping[str, Any]) -> "SplatConfig":
-        """GSEnv's `gs_kwargs`: `render_interface`, `cache_table`, `render_bs`, `device`; ValueError for others."""
+    def with_gs_kwargs(self, gs_kwargs: Mapping[str, Any]) -> "SplatConfig":
+        """GSEnv's `gs_kwargs` over these: `render_interface`, `cache_table`, `render_bs`, `device`; ValueError for
+        others."""
         known = {"cache_table": "cache_fixed", "render_bs": "images_per_call", "device": "device"}
         for key in gs_kwargs:
             if key not in (*known, "render_interface"):
@@ -39,4 +39,4 @@ class SplatConfig:
         interface = gs_kwargs.get("render_interface", PEER_INTERFACES[0])
         if interface not in PEER_INTERFACES:
             raise ValueError(f"gs_kwargs: render_interface {interface!r}: allowed are {', '.join(PEER_INTERFACES)}")
-        return cls(scene=scene, **{known[key]: value for key, value in gs_kwargs.items() if key in known})
+        return replace(self, **{known[key]: value for key, value in gs_kwargs.items() if key in known})

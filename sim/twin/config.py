@@ -107,8 +107,7 @@ class TwinConfig:
                     f"physics physx_cuda with render {self.render!r} cannot vary {', '.join(varied)} by episode: "
                     f"set these keys of randomization to 0, or physics to physx_cpu"
                 )
-        self.splat = self.splat if not self.gs_kwargs else SplatConfig.from_gs_kwargs(self.splat.scene, self.gs_kwargs)
-        self.gs_kwargs = {}
+        self.splat, self.gs_kwargs = self.splat.with_gs_kwargs(self.gs_kwargs), {}
 
     @property
     def draws_splats(self) -> bool:

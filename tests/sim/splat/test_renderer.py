@@ -177,8 +177,10 @@ def test_contract_cameras_keep_their_rays():
 
 def test_gs_kwargs_are_mapped():
     peer = {"render_interface": "gs_rlinf", "cache_table": False, "render_bs": 4, "device": "cpu"}
-    assert SplatConfig.from_gs_kwargs("cell", peer) == SplatConfig("cell", "auto", "cpu", False, images_per_call=4)
-    assert SplatConfig.from_gs_kwargs("cell", {}) == SplatConfig("cell")
+    assert SplatConfig("cell").with_gs_kwargs(peer) == SplatConfig("cell", "auto", "cpu", False, images_per_call=4)
+    given = SplatConfig("cell", backend="torch", device="cpu", cache_fixed=False, antialiased=True)
+    assert given.with_gs_kwargs({"render_bs": 4}) == replace(given, images_per_call=4)
+    assert given.with_gs_kwargs({}) == given
     for bad, message in (
         ({"render_batch": 4}, "unknown key 'render_batch'"),
         ({"cache_tabel": True}, "Did you mean 'cache_table'"),
@@ -186,7 +188,7 @@ def test_gs_kwargs_are_mapped():
         ({"render_bs": 0}, "images_per_call 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            SplatConfig.from_gs_kwargs("cell", bad)
+            SplatConfig("cell").with_gs_kwargs(bad)
 
 
 def test_wrong_number_of_fixed_flags(folder):

@@ -142,6 +142,8 @@ def test_gs_kwargs_and_scenes_are_checked(embodiment, scene, tmp_path):
     peer = {"render_interface": "gs_rlinf", "cache_table": False, "render_bs": 4, "device": "cpu"}
     mapped = TwinConfig(render="splat", splat=SplatConfig(str(scene)), gs_kwargs=peer).splat
     assert mapped == SplatConfig(str(scene), device="cpu", cache_fixed=False, images_per_call=4)
+    over = TwinConfig(splat=SplatConfig(str(scene), antialiased=True), gs_kwargs=peer).splat
+    assert over == dataclasses.replace(mapped, antialiased=True)
     with pytest.raises(ValueError, match="render_bs"):
         TwinConfig(splat=SplatConfig(str(scene)), gs_kwargs={"render_b": 4})
     with pytest.raises(ValueError, match="needs a scene folder"):
