@@ -218,9 +218,13 @@ class TwinVectorEnv:
         return frames if self._splats is None or not frames else list(next(iter(self._splats.draw(frames).values())))
 
     def close(self) -> None:
-        for process, pipe in self._workers:
+        for _, pipe in self._workers:
             with contextlib.suppress(OSError):
                 pipe.send(("close", [], []))
+        for process, pipe in self._workers:
+            with contextlib.suppress(EOFError, OSError):
+                while pipe.poll(10):  # an answer that nobody waits for; unread, it would keep the worker from ending
+                    pipe.recv_bytes()
             process.join(10)
             if process.is_alive():
                 process.kill()

@@ -82,6 +82,16 @@ def test_all_renderers_give_the_same_observation(embodiment, scene, robot_only):
     assert (top[..., 2] > top[..., 0] + 60).any()  # the background is the splat scene's
 
 
+def test_a_worker_whose_answer_nobody_reads_ends_by_itself(embodiment, robot_only):
+    """More than a pipe holds: SAPIEN's part of the pictures."""
+    config = dataclasses.replace(splats(robot_only), render="composite", picture_width=160, picture_height=120)
+    with TwinVectorEnv(config, embodiment, 2, 1) as env:
+        env.reset()
+        env.send(np.zeros((2, 1, 7)))
+        process = env._workers[0][0]
+    assert process.exitcode == 0
+
+
 def test_what_ended_is_drawn_as_it_was(embodiment, scene):
     """With auto reset: the last picture of the episode, beside the first of the next, in one call."""
     move = np.tile(np.float32([0.02, 0.02, -0.02, 0, 0, 0, 1]), (2, 4, 1))
