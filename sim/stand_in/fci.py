@@ -174,6 +174,8 @@ class RobotServer:
         if number not in BODY_BYTES or len(body) != BODY_BYTES[Command(number)]:
             raise ConnectionError(f"request {number} with {len(body)} bytes is not of protocol {ROBOT_VERSION}")
         command = Command(number)
+        if self.link.udp is None and command != Command.CONNECT:
+            raise ConnectionError(f"{command.name} before Connect: there is no channel for states and commands")
         if command in self.muted:
             return
         handler = self._handlers.get(command)

@@ -1,6 +1,7 @@
 """The unmodified franky client against the cell, as against an arm."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from bridge.pose import matrix_from_rpy, pose
 from sim.stand_in.client import CellClient
 from sim.stand_in.errors import CellGone
+from sim.stand_in.protocol import MOVE_REQUEST, ROBOT_HEADER, ROBOT_PORT, Command
 from tests.robot.cell import wait_for
 from tests.sim.stand_in.conftest import RunningCell, start_cell
 
@@ -238,6 +240,16 @@ def test_a_short_pause_is_waited_out_and_a_long_one_is_a_lost_link(timed_cell):
     del robot
     time.sleep(0.8)
     timed_cell.robot().move(franky.JointMotion(HOME))
+
+
+def test_a_client_that_moves_before_it_connects_is_dropped():
+    cell = start_cell("speed=0")
+    body = MOVE_REQUEST.pack(0, 0, *[0.0] * 6, 0, *[0.0] * 7)
+    with socket.create_connection((cell.address, ROBOT_PORT), timeout=10) as client:
+        client.sendall(ROBOT_HEADER.pack(Command.MOVE, 1, ROBOT_HEADER.size + len(body)) + body)
+        assert client.recv(1) == b""
+    cell.robot().move(franky.JointMotion(HOME))
+    assert cell.close() == 0
 
 
 def test_a_killed_cell_is_a_network_error_and_cell_gone():
