@@ -18,6 +18,8 @@ MAX_ITERATIONS = 20
 DAMPING = 1e-6
 ARRIVED, FOLLOWED = 1e-4, 1e-6  # m and rad
 ELBOW_SHARE = 0.1
+MAX_JUMP_RAD = 0.5  # of a joint, from one pose of a stream to the next
+MAX_STEP_RAD = 0.3  # of a joint, in an iteration: at a singularity a step without bounds leads into another posture
 SPEED_SHARE = 0.6  # of what joints are allowed, that a target may ask for: an arm that trails has to catch up
 # Link (8: the hand, on the flange), one end and the other in the link's frame (m), radius (m).
 CAPSULES = (
@@ -80,11 +82,10 @@ class Body:
         return self._data.oMf[self._tcp].homogeneous
 
     def margins(self, q_rad: np.ndarray) -> Margins:
-        low, high = q_rad - self._model.lowerPositionLimit, self._model.upperPositionLimit - q_rad
         pin.updateGeometryPlacements(self._model, self._data, self._shapes, self._shape_data, q_rad)
         pin.computeDistances(self._shapes, self._shape_data)
         links_m = min(result.min_distance for result in self._shape_data.distanceResults)
-        return Margins(float(min(low.min(), high.min())), float(links_m))
+        return Margins(float(self._room(q_rad).min()), float(links_m))
 
     def speed_limits(self, q_rad: np.ndarray, way_rad: np.ndarray) -> np.ndarray:
         """What the arm allows at joints [7] (rad/s) that go the way [7] (its signs count): less towards an end stop
@@ -95,13 +96,19 @@ class Body:
 
     def follow(self, T_base_tcp: np.ndarray, q_rad: np.ndarray, q_rest_rad: np.ndarray) -> np.ndarray | None:
         """`solve`, exactly, for a stream. Without an end the elbow would wander off: up to a tenth of each motion goes
-        into the way back to `q_rest_rad` that leaves the pose as it is."""
+        into the way back to `q_rest_rad` that leaves the pose as it is.
+
+        None also where the pose is only reached by a jump to another posture, or beyond a joint's end (where one is
+        beyond it already: further beyond it).
+        """
         q = self.solve(T_base_tcp, q_rad, FOLLOWED)
-        if q is None:
+        if q is None or np.abs(q - q_rad).max() > MAX_JUMP_RAD:
             return None
         null = np.linalg.svd(pin.getFrameJacobian(self._model, self._data, self._tcp, pin.LOCAL))[2][6]
         most = ELBOW_SHARE * float(np.linalg.norm(q - q_rad))
-        return q + np.clip(null @ (q_rest_rad - q), -most, most) * null
+        with_elbow = q + np.clip(null @ (q_rest_rad - q), -most, most) * null
+        least = np.minimum(0.0, self._room(q_rad))
+        return next((way for way in (with_elbow, q) if (self._room(way) >= least).all()), None)
 
     def solve(self, T_base_tcp: np.ndarray, q_rad: np.ndarray, arrived: float = ARRIVED) -> np.ndarray | None:
         """Joints [7] of a pose, found by moving as little as possible from `q_rad`; None when they are not found."""
@@ -113,7 +120,8 @@ class Body:
             if np.abs(error).max() < arrived:
                 return q
             J = pin.getFrameJacobian(self._model, self._data, self._tcp, pin.LOCAL)
-            q += J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)
+            step_rad = J.T @ np.linalg.solve(J @ J.T + DAMPING * np.eye(6), error)
+            q += step_rad / max(1.0, np.abs(step_rad).max() / MAX_STEP_RAD)
         return None
 
     def limit(
@@ -177,6 +185,10 @@ class Body:
             if value < wanted and (before is None or value < getattr(before, name) - 1e-6):
                 return Clip(f"margin_{name}", value, wanted)
         return None
+
+    def _room(self, q_rad: np.ndarray) -> np.ndarray:
+        """How far each joint [7] is from the nearer of its ends (rad); negative beyond it."""
+        return np.minimum(q_rad - self._model.lowerPositionLimit, self._model.upperPositionLimit - q_rad)
 
     def _margins_at(self, T: np.ndarray, q_rad: np.ndarray) -> Margins | None:
         q = self.solve(T, q_rad)

@@ -4,7 +4,7 @@ from franky_sim import FR3_URDF
 
 from bridge import pose
 from bridge.embodiment import Embodiment
-from robot.body import Body
+from robot.body import FOLLOWED, Body
 from robot.safety import SafetyLimits, safe_step
 from sim.stand_in.kinematics import ArmKinematics
 from sim.stand_in.scene import T_FLANGE_TCP
@@ -81,6 +81,45 @@ def test_a_followed_path_ends_in_the_joints_where_it_began(body):
     assert np.abs(solved - HOME).max() > 0.05
     T[0, 3] = 2.0
     assert body.follow(T, followed, HOME) is None
+
+
+def turned(body, q, joint, by_rad):
+    """The TCP's pose after one joint has turned."""
+    return body.tcp(q + by_rad * np.eye(7)[joint]).copy()
+
+
+def test_a_stream_stands_rather_than_jump_to_another_posture(body):
+    followed = body.follow(turned(body, HOME, 6, 0.45), HOME, HOME)
+    assert followed[6] - HOME[6] == pytest.approx(0.45, abs=0.05)
+    assert body.follow(turned(body, HOME, 6, 0.6), HOME, HOME) is None
+
+
+def test_near_a_singularity_the_joints_nearby_are_found(body):
+    """5 mm down from an arm almost stretched out: steps without bounds end in another posture, 0.70 rad off."""
+    q = np.array([0.5, 0.0, 0.5, -0.4, 1.4, 0.5, 1.0])
+    T = body.tcp(q).copy()
+    T[2, 3] -= 0.005
+    followed = body.follow(T, q, q)
+    assert np.allclose(body.tcp(followed), T, atol=1e-3)
+    assert np.abs(followed - q).max() < 0.25
+
+
+def test_a_stream_ends_at_a_joints_end(body):
+    """Joint 7 ends at 3.0508 rad; one that is beyond it already may come back."""
+    inside, beyond = (np.append(HOME[:6], 3.0508 + offset_rad) for offset_rad in (-0.01, 0.01))
+    assert body.follow(turned(body, inside, 6, 0.005), inside, inside) is not None
+    assert body.follow(turned(body, inside, 6, 0.02), inside, inside) is None
+    assert body.follow(turned(body, beyond, 6, 0.005), beyond, beyond) is None
+    assert body.follow(turned(body, beyond, 6, -0.005), beyond, beyond) is not None
+
+
+def test_the_elbow_does_not_take_a_joint_beyond_its_end(body):
+    """Joint 1 ends at 2.9007 rad, and where the elbow is drawn to lies beyond it."""
+    q = np.append(2.9, HOME[1:])
+    rest, T = q + np.eye(7)[0], body.tcp(q).copy()
+    T[2, 3] += 0.02  # no affair of joint 1
+    assert np.array_equal(body.follow(T, q, rest), body.solve(T, q, FOLLOWED))
+    assert not np.array_equal(body.follow(T, q, q - np.eye(7)[0]), body.solve(T, q, FOLLOWED))
 
 
 def walk(body, action, num_steps=60):
