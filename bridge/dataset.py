@@ -35,7 +35,7 @@ from bridge.dataset_layout import (
     file_name,
     new_info,
 )
-from bridge.dataset_schema import features, image_key
+from bridge.dataset_schema import DOMAINS, features, image_key
 from bridge.embodiment import Embodiment
 from bridge.episode import (
     ROWS_FILE,
@@ -44,6 +44,7 @@ from bridge.episode import (
     check_fps,
     from_table,
     read_record,
+    row_features,
     to_table,
     verify_files,
 )
@@ -52,6 +53,9 @@ from bridge.statistics import column_stats, pixel_stats
 from bridge.video import decode_frames
 
 __all__ = ["DatasetStore", "EpisodeWriter", "decode_frames", "read_episode", "video_path"]
+
+# What reading a stranger's record and rows may raise, besides what names itself.
+_UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, pa.ArrowException)
 
 
 def read_episode(root: Path, index: int) -> dict[str, np.ndarray]:
@@ -192,8 +196,7 @@ class DatasetStore:
             for episode in self._episodes:
                 if episode["uuid"] == record.uuid:
                     return episode["episode_index"]
-            self._check(folder, record)
-            line, rows = self._store_files(folder, record)
+            line, rows = self._store_files(folder, record, self._checked_rows(folder, record))
             _write_table(self.root / episode_file(self.num_episodes), pa.Table.from_pylist([line]))
             self._remember(line, rows, record)
             if summarise:
@@ -208,13 +211,36 @@ class DatasetStore:
 
     # --- writing -------------------------------------------------------------------------------------------------
 
-    def _check(self, folder: Path, record: EpisodeRecord) -> None:
-        self.embodiment.require_same(record.embodiment, f"episode {folder}")
-        self._require_fits(record.fps, record.image_size, f"episode {folder}")
-        verify_files(folder, record)
-        num_rows = pq.read_metadata(folder / ROWS_FILE).num_rows
-        if num_rows != record.num_rows:
-            raise CorruptData(f"{folder} says {record.num_rows} rows and has {num_rows}")
+    def _checked_rows(self, folder: Path, record: EpisodeRecord) -> dict[str, np.ndarray]:
+        """All that storing and statistics need: with its line in the episode table an episode is past refusing."""
+        try:
+            self.embodiment.require_same(record.embodiment, f"episode {folder}")
+            self._require_fits(record.fps, record.image_size, f"episode {folder}")
+            verify_files(folder, record)
+            return self._rows_of(record, (folder / ROWS_FILE).read_bytes())
+        except _UNSOUND as error:
+            raise CorruptData(f"{folder} cannot be stored: {error}") from error
+
+    def _rows_of(self, record: EpisodeRecord, parquet: bytes) -> dict[str, np.ndarray]:
+        """Raises one of _UNSOUND for what `_store_files` and `_write_summaries` could not take."""
+        try:
+            table = pq.read_table(pa.BufferReader(parquet))
+        except OSError as error:  # Arrow's for bytes that are no Parquet, not the disk's
+            raise ValueError(f"{ROWS_FILE}: {error}") from error
+        columns, num_rows = row_features(self.embodiment), record.num_rows
+        if type(num_rows) is not int or not 0 < num_rows == len(table) or set(table.column_names) != set(columns):
+            raise ValueError(f"{len(table)} rows of {sorted(table.column_names)}; {num_rows!r:.40} are recorded")
+        rows = from_table(to_table(from_table(table), columns))
+        if not all(np.isfinite(values).all() for values in rows.values()):
+            raise ValueError("rows with numbers that are not finite")
+        counts = {name: np.array(histogram, np.int64) for name, histogram in record.pixel_histograms.items()}
+        if set(counts) != set(self.embodiment.cameras) or not all(_are_counts(c) for c in counts.values()):
+            raise ValueError("pixel_histograms: expected counts [3, 256] of every camera")
+        if record.domain not in DOMAINS or type(record.success) is not bool:
+            raise ValueError(f"domain {record.domain!r:.40}, success {record.success!r:.40}")
+        record.instruction.encode()  # text, without half of a surrogate pair
+        record.to_json()  # without NaN
+        return rows
 
     def _require_fits(self, fps: int, image_size: Any, what: str) -> None:
         if fps != self.fps:
@@ -225,14 +251,16 @@ class DatasetStore:
             if shape != ours[key]:
                 raise SchemaMismatch(f"{what} has {key} of shape {shape}, data set {self.root} has {ours[key]}")
 
-    def _store_files(self, folder: Path, record: EpisodeRecord) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _store_files(
+        self, folder: Path, record: EpisodeRecord, rows: dict[str, np.ndarray]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Put videos, rows, record and task in place; returns the episode's line and its rows."""
         index = self.num_episodes
         for camera in self.embodiment.cameras:
             target = video_path(self.root, camera, index)
             durable.make_folder(target.parent)
             durable.place(folder / f"{camera}.mp4", target)
-        rows = self._with_indices(from_table(pq.read_table(folder / ROWS_FILE)), record)
+        rows = self._with_indices(rows, record)
         columns = {key: f for key, f in self._info["features"].items() if f["dtype"] != "video"}
         _write_table(self.root / data_file(index), to_table(rows, columns))
         durable.write_text(self._record_path(index), record.to_json())
@@ -333,6 +361,10 @@ class DatasetStore:
 
     def _record_path(self, index: int) -> Path:
         return self.root / RECORDS / f"episode-{index:06d}.json"
+
+
+def _are_counts(counts: np.ndarray) -> bool:
+    return counts.shape == (3, 256) and counts.min() >= 0 and counts.max() < 2**40 and bool(counts.any(1).all())
 
 
 def _json(value: Any) -> str:

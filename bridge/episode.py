@@ -254,7 +254,7 @@ def read_record(folder: Path, name: str = RECORD_FILE) -> EpisodeRecord:
         record = EpisodeRecord(**json.loads((folder / name).read_text()))
         assert record.embodiment  # the contract is read, and refused here when it is none
         return record
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptData(f"{folder} is no finished episode: {error}") from error
 
 

@@ -1,9 +1,14 @@
 """Small pictures and few rows for tests of whatever records, carries or reads episodes."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from bridge import durable
 from bridge.embodiment import Camera, Embodiment
 from bridge.episode import EpisodeWriter
 
@@ -47,3 +52,20 @@ def write_episode(
     for k in range(num_rows):
         writer.add({name: picture(k, name) for name in embodiment.cameras}, small_row(k, rng))
     return writer.close(success)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """An `episode.json` that fits whatever was done to the rows, with other fields of it changed."""
+    record = json.loads((folder / "episode.json").read_text())
+    record["files"]["rows.parquet"] = durable.sha256(folder / "rows.parquet")
+    (folder / "episode.json").write_text(json.dumps(record | changes))
+
+
+def spoil_rows(folder: Path) -> None:
+    """One number that is none, and an `episode.json` that vouches for it."""
+    table = pq.read_table(folder / "rows.parquet")
+    numbers = table["next.reward"].to_numpy().copy()
+    numbers[1] = np.nan
+    at = table.column_names.index("next.reward")
+    pq.write_table(table.set_column(at, "next.reward", pa.array(numbers)), folder / "rows.parquet")
+    reseal(folder)

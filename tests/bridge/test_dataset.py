@@ -3,9 +3,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from bridge import durable
@@ -14,7 +16,7 @@ from bridge.dataset_schema import features
 from bridge.episode import finished_episodes, read_record, remove_unfinished
 from bridge.errors import CorruptData, SchemaMismatch
 from bridge.statistics import column_stats, pixel_stats, wilson_interval
-from tests.bridge.small_episodes import FPS, picture, small_embodiment, small_row, write_episode
+from tests.bridge.small_episodes import FPS, picture, reseal, small_embodiment, small_row, spoil_rows, write_episode
 
 
 @pytest.fixture
@@ -152,6 +154,47 @@ def test_a_damaged_episode_is_refused_and_leaves_nothing(tmp_path, store):
     with pytest.raises(CorruptData, match="no finished episode"):
         store.append(folder)
     assert not list((store.root / "data").glob("*/*")) if (store.root / "data").exists() else True
+
+
+def overwrite(data: bytes):
+    def damage(folder):
+        (folder / "rows.parquet").write_bytes(data)
+        reseal(folder)
+
+    return damage
+
+
+def tear(folder):
+    """Bytes within the first column that Arrow's reader calls an OSError."""
+    data = bytearray((folder / "rows.parquet").read_bytes())
+    data[4:40] = b"\xff" * 36
+    overwrite(bytes(data))(folder)
+
+
+def drop_a_column(folder):
+    pq.write_table(pq.read_table(folder / "rows.parquet").drop_columns(["intervention"]), folder / "rows.parquet")
+    reseal(folder)
+
+
+BLACK = [[8] + [0] * 255] * 3
+SPOILT = [
+    *(overwrite(b""), overwrite(b"no parquet"), tear, drop_a_column, spoil_rows),
+    *(partial(reseal, num_rows=wrong) for wrong in (7, 8.0, None)),
+    partial(reseal, pixel_histograms={"wrist": BLACK}),
+    partial(reseal, pixel_histograms={"third_person": BLACK, "wrist": BLACK[:2]}),
+    partial(reseal, pixel_histograms={"third_person": BLACK, "wrist": [[0] * 256] * 3}),
+    *(partial(reseal, **{name: 5}) for name in ("instruction", "domain", "success", "image_size", "contract", "files")),
+    *(partial(reseal, instruction="\ud800"), partial(reseal, extra={"x": float("nan")})),
+]
+
+
+@pytest.mark.parametrize("damage", SPOILT)
+def test_what_statistics_could_not_take_is_refused_before_it_is_stored(tmp_path, store, damage):
+    damage(bad := write_episode(tmp_path / "bad"))
+    with pytest.raises(CorruptData):
+        store.append(bad)
+    store.append(write_episode(tmp_path / "good"))
+    assert DatasetStore.open(store.root).num_episodes == 1
 
 
 def test_writer_refuses_bad_rows(tmp_path):

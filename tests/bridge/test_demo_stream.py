@@ -19,7 +19,7 @@ from bridge.demo_stream import DemoReceiver, DemoSender
 from bridge.embodiment import Embodiment
 from bridge.episode import from_table, read_record
 from bridge.errors import BridgeTimeout, CorruptData, SchemaMismatch, SpoolFull
-from tests.bridge.small_episodes import FPS, small_embodiment, write_episode
+from tests.bridge.small_episodes import FPS, small_embodiment, spoil_rows, write_episode
 from tests.bridge.test_checkpoint import wait_for
 
 
@@ -119,6 +119,19 @@ def test_an_episode_that_does_not_fit_is_kept_apart_not_lost(tmp_path):
     refused = tmp_path / "spool/refused" / uuid
     assert "fps" in (refused / "refused.txt").read_text()
     assert (refused / "rows.parquet").exists()
+    assert list(stored(tmp_path / "data")) == [read_record(good).uuid]
+
+
+def test_an_episode_that_cannot_be_stored_costs_no_other_robot_anything(tmp_path):
+    spoil_rows(bad := write_episode(tmp_path / "bad"))
+    good = write_episode(tmp_path / "good")
+    with receiving(tmp_path / "data") as receiver, sending(receiver.endpoint, tmp_path / "one") as one:
+        one.enqueue(bad)
+        one.flush(20)
+        assert one.stats()["refused"] == 1
+        with sending(receiver.endpoint, tmp_path / "two") as two:
+            two.enqueue(good)
+            two.flush(20)
     assert list(stored(tmp_path / "data")) == [read_record(good).uuid]
 
 
