@@ -74,7 +74,7 @@ def pad_resize(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     cv2 = _cv2()
     height, width = pictures.shape[1:3]
     ratio = max(width / size[1], height / size[0])
-    rows, columns = int(height / ratio), int(width / ratio)
+    rows, columns = max(1, int(height / ratio)), max(1, int(width / ratio))  # also of a line of pixels
     top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
     out = np.zeros((len(pictures), *size, 3), np.uint8)
     for index, picture in enumerate(pictures):

@@ -96,6 +96,8 @@ def test_resizing_by_hand():
     wide = np.full((2, 4, 3), 200, np.uint8)
     padded = PictureFormat(4, 4, padded=True).apply(wide)
     np.testing.assert_array_equal(padded[..., 0], [[0] * 4, [200] * 4, [200] * 4, [0] * 4])
+    line = PictureFormat(4, 4, padded=True).apply(np.full((1, 100, 3), 200, np.uint8))
+    np.testing.assert_array_equal(line[..., 0], [[0] * 4, [200] * 4, [0] * 4, [0] * 4])
 
 
 @pytest.mark.parametrize(
