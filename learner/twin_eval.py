@@ -159,10 +159,10 @@ def run_episodes(
             result = env.step_chunk(actions[:, : policy.num_action_chunks].numpy(), active)
             said = {env: look.instruction for env, look in seen.items()}
             seen.update(looks(result.observation, active))
+            if result.lost.any():
+                raise ValueError("an environment's process died, and its episodes with it; the same command goes on")
             for row in np.flatnonzero(is_over(result)):
                 seed, length = int(result.seeds[row]), int(result.episode_len[row])
-                if result.lost[row]:
-                    raise ValueError(f"an environment's process died during the episode of seed {seed}; evaluate again")
                 filming &= active[row] != 0
                 yield {"seed": seed, "success": bool(result.success[row]), "steps": length} | {
                     "instruction": said[active[row]]
