@@ -7,6 +7,7 @@ saved, failures thrown away (`keep_failures=true` keeps them). A session that wa
 `demos_endpoint` sends the episodes to a learner; empty, they go to `data/<domain>` of the run's folder.
 """
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from bridge.embodiment import Embodiment
 from bridge.errors import RobotFault
 from bridge.run_files import RunConfig, append_line, read_lines, write_stage
 from robot.scene import SessionError
-from robot.session import Session, SessionConfig
+from robot.session import Session, SessionConfig, ended_by, interrupted_when_left
 
 EXPERT, DEVICE = "expert", "device"
 EXPERT_PATIENCE_S = 10.0
@@ -39,7 +40,7 @@ class RecordConfig(RunConfig):
     demos_endpoint: str = ""
     keep_failures: bool = False
     episode_timeout_s: float = 30.0  # the robot's seconds
-    settle_s: float = 0.5  # after the task is done, before success is judged
+    settle_s: float = 0.5  # after the task is done, still recorded; then success is judged
     max_failures_in_a_row: int = 5
     delivery_timeout_s: float = 60.0  # at the end, for episodes that the learner has not acknowledged
     embodiment: Embodiment = field(default_factory=Embodiment)
@@ -65,7 +66,8 @@ def main(argv: list[str]) -> int:
     config = command_line("record", RecordConfig, argv, __doc__)
     save(config, config.run / "config" / "record.yaml")
     started_s = time.monotonic()
-    record(config)
+    with interrupted_when_left():
+        record(config)
     attempts = read_lines(config.attempts_file)
     video = config.run / "videos" / "record.mp4"
     files = {"demonstration": video} if video.exists() else {}
@@ -81,7 +83,7 @@ def record(config: RecordConfig) -> None:
     saved = sum(attempt["saved"] for attempt in attempts)
     if saved >= config.episodes:
         return
-    needs = ["start_episode", "save_episode", "discard_episode"]
+    needs = ["start_episode", "end_episode", "save_episode", "discard_episode"]
     if config.source == EXPERT:
         needs += ["expert_node/start", "expert_node/stop"]
     log = config.run / "logs" / "record_nodes.log"
@@ -133,12 +135,14 @@ def attempt_one(session: Session, config: RecordConfig, seed: int) -> dict[str, 
     session.call("start_episode")
     fault = ""
     try:
-        success = demonstrate(session, config)
+        with ended_by(session, "end_episode"):
+            demonstrate(session, config)
     except RobotFault as error:
-        success, fault = False, str(error)
+        fault = str(error)
     duration_s, wall_s = session.scene.time_s() - begin_s, time.monotonic() - started_s
     if video is not None:
         video.close()
+    success = not fault and session.scene.judge()
     saved: dict[str, Any] = {}
     if (success or (config.keep_failures and not fault)) and not session.scene.is_discarded:
         try:
@@ -159,26 +163,23 @@ def attempt_one(session: Session, config: RecordConfig, seed: int) -> dict[str, 
     }
 
 
-def demonstrate(session: Session, config: RecordConfig) -> bool:
-    """Run the expert, or wait for the person; whether the task was done."""
+def demonstrate(session: Session, config: RecordConfig) -> None:
+    """Run the expert, or wait for the person, until the episode is over."""
     scene, begin_s = session.scene, session.scene.time_s()
 
     def over() -> bool:
         ended = scene.wants_end() if config.source == DEVICE else session.expert_done is not None
         return ended or scene.time_s() - begin_s > config.episode_timeout_s
 
-    if config.source == EXPERT:
-        session.expert_done = None
-        start_expert(session)
-    else:
-        print("recording; mark success, failure or discard, or end the episode with Enter")
-    try:
+    is_expert = config.source == EXPERT
+    with ended_by(session, "expert_node/stop") if is_expert else contextlib.nullcontext():
+        if is_expert:
+            session.expert_done = None
+            start_expert(session)
+        else:
+            print("recording; mark success, failure or discard, or end the episode with Enter")
         session.wait(over, SLOWEST * config.episode_timeout_s, "the episode's end", session.check_arm, every_s=0.1)
         session.spin(config.settle_s)
-        return scene.judge()
-    finally:
-        if config.source == EXPERT:
-            session.call("expert_node/stop")
 
 
 def start_expert(session: Session) -> None:

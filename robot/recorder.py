@@ -128,8 +128,8 @@ class Aligner:
         self._last_picture, self._newest_ns = picture, stamp_ns
 
     def end(self) -> None:
-        """The episode ends at the newest sample; pictures up to then may still be on their way."""
-        self._end_ns = max(track.newest_ns for track in self._tracks.values())
+        """The episode ends at the newest sample; pictures up to then may still come. The first end counts."""
+        self._end_ns = min(self._end_ns, max(track.newest_ns for track in self._tracks.values()))
 
     @property
     def unheard(self) -> list[str]:
@@ -289,7 +289,8 @@ class EpisodeRecorder:
             self._broken = str(error)
 
     def end(self) -> None:
-        """The episode is over now. Pictures up to now may still be on their way: see `caught_up`, then `save`."""
+        """The episode is over now, if it was not before. Pictures up to now may still be on their way: see `caught_up`,
+        then `finish` or `save`."""
         self.aligner.end()
 
     @property
@@ -297,14 +298,24 @@ class EpisodeRecorder:
         """Whether pictures have come up to the end; `save` before that would cut them off."""
         return bool(self._broken) or self.aligner.caught_up
 
+    def finish(self) -> None:
+        """Write the rows that are left, while the samples around them are still kept: `save` may come much later.
+        ValueError when no episode runs."""
+        self._running()
+        try:
+            if not self._broken:
+                self._write(self.aligner.flush())
+        except RecordingBroken as error:
+            self._broken = str(error)
+
     def save(self, success: bool) -> tuple[Path, RecordingStats]:
         """Finish the episode. Raises RecordingBroken when it cannot be saved (it is discarded), ValueError when none
         runs."""
         writer = self._running()
         try:
+            self.finish()
             if self._broken:
                 raise RecordingBroken(self._broken)
-            self._write(self.aligner.flush())
             if writer.num_rows == 0:
                 raise RecordingBroken("no row was recorded: pictures or poses did not arrive")
         except RecordingBroken:

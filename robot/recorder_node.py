@@ -1,7 +1,8 @@
 """ROS node that records episodes. All thinking is in `robot.recorder`; here messages become calls and back.
 
 `save_episode` puts the episode into the local data set, or hands it to the sender when `demos_endpoint` is set. Its
-answer's message is JSON: rows, seconds of CPU, gaps, and where the episode went.
+answer's message is JSON: rows, seconds of CPU, gaps, and where the episode went. `end_episode` ends the episode before
+that, while a person is still to say how it went.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from robot.stamped import matrix_of, stamp_ns, stamp_ns_of_raw
 STATUS_PERIOD_S = 0.5
 LOOK_PERIOD_S = 0.05
 FIND_S = 5.0  # nodes that have just started find each other one by one
-CATCH_UP_S = 10.0  # how long `save_episode` waits for pictures that are under way
+CATCH_UP_S = 10.0  # how long the end of an episode waits for pictures that are under way
 QUEUE = 60  # messages of each topic that may wait, two seconds of pictures: a busy machine must not cost a row
 
 
@@ -86,6 +87,7 @@ class RecorderNode(Node):
         # Of groups of their own: while they wait for what is under way, all others must go on.
         self.create_service(Trigger, "start_episode", self._on_start, callback_group=ReentrantCallbackGroup())
         self.create_service(SetBool, "save_episode", self._on_save, callback_group=ReentrantCallbackGroup())
+        self.create_service(Trigger, "end_episode", self._on_end, callback_group=ReentrantCallbackGroup())
         self.create_service(Trigger, "discard_episode", self._on_discard)
         self._status = self.create_publisher(DiagnosticStatus, "recorder_status", QoSProfile(depth=10))
         steady = Clock(clock_type=ClockType.STEADY_TIME)
@@ -144,12 +146,14 @@ class RecorderNode(Node):
             self._cpu_s = time.process_time()
         return response
 
+    async def _on_end(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        await self._end()
+        with self._answering(response):
+            self.recorder.finish()
+        return response
+
     async def _on_save(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        if self.recorder.recording and self._caught_up is None:
-            self.recorder.end()
-            ready = Future()
-            self._caught_up = ready, time.monotonic() + CATCH_UP_S
-            await ready
+        await self._end()
         with self._answering(response):
             folder, stats = self.recorder.save(request.data)
             place = self._deliver(folder)
@@ -162,6 +166,14 @@ class RecorderNode(Node):
         with self._answering(response):
             self.recorder.discard()
         return response
+
+    async def _end(self) -> None:
+        """The running episode, and wait for the pictures of it that are under way."""
+        if self.recorder.recording and self._caught_up is None:
+            self.recorder.end()
+            ready = Future()
+            self._caught_up = ready, time.monotonic() + CATCH_UP_S
+            await ready
 
     def _look(self) -> None:
         if self._caught_up is not None and (self.recorder.caught_up or time.monotonic() > self._caught_up[1]):

@@ -295,7 +295,7 @@ def ended_by(session: Session, service: str) -> Iterator[None]:
         try:
             session.call(service)
         except SessionError as later:
-            if isinstance(error, (SessionError, RobotFault)):
+            if isinstance(error, (SessionError, RobotFault)) and str(later) not in str(error):
                 raise SessionError(f"{error}; and then: {later}") from error
             error.add_note(str(later))
         raise

@@ -1,4 +1,5 @@
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -6,7 +7,7 @@ from bridge.run_files import append_line, read_lines
 from robot import record
 from robot.record import RecordConfig
 from robot.scene import SessionError
-from tests.robot.scripted_session import ScriptedSession
+from tests.robot.scripted_session import ScriptedScene, ScriptedSession
 
 GOOD = {"success_s": (1.0, 1e9), "done_s": 2.0}
 
@@ -14,7 +15,7 @@ GOOD = {"success_s": (1.0, 1e9), "done_s": 2.0}
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def run(script, **keys) -> ScriptedSession:
-        session = ScriptedSession(script)
+        session = script if isinstance(script, ScriptedSession) else ScriptedSession(script)
         monkeypatch.setattr(record, "Session", session)
         record.record(RecordConfig(name="r", runs_dir=str(tmp_path), **keys))
         return session
@@ -37,8 +38,31 @@ def test_failures_are_thrown_away_and_made_up_for(run):
         (10, "start_episode"),
         (10, "expert_node/start"),
         (10, "expert_node/stop"),
+        (10, "end_episode"),
         (10, "save_episode", True),
     ]
+
+
+def test_a_person_is_asked_only_once_the_episode_has_ended(run, monkeypatch):
+    session = ScriptedSession({})
+
+    def judge(scene) -> bool:
+        session.calls.append((session.seed, "judge"))
+        session.spin(20.0)
+        return True
+
+    monkeypatch.setattr(ScriptedScene, "judge", judge)
+    run(session, episodes=1, seed=0, source="device", episode_timeout_s=2.0)
+    assert [call[1] for call in session.calls] == ["start_episode", "end_episode", "judge", "save_episode"]
+    assert run.attempts()[0]["duration_s"] == pytest.approx(2.6, abs=0.11)
+
+
+def test_the_expert_is_stopped_however_an_episode_ends(run):
+    session = ScriptedSession({})
+    session.check_arm = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(session, episodes=1)
+    assert [call[1] for call in session.calls][-2:] == ["expert_node/stop", "end_episode"]
 
 
 def test_failures_can_be_kept(run):

@@ -244,6 +244,24 @@ def test_the_end_waits_for_pictures_under_way(recorder):
     assert recorder.save(True)[1].rows == 20
 
 
+def test_what_comes_after_the_end_changes_nothing(tmp_path, recorder):
+    """A person may take a minute to say how it went: more samples than a track keeps, and pictures."""
+    recorder.start("pick up the cube")
+    end_ns = START_NS + 10 * PERIOD_NS
+    feed(recorder, [e for e in events(10) if e[0] < end_ns])
+    recorder.end()
+    recorder.finish()
+    feed(recorder, [e for e in events(20) if e[0] >= end_ns])
+    feed(recorder, events(0, until_ns=START_NS + 75_000_000_000))
+    recorder.end()
+    folder, stats = recorder.save(True)
+    assert stats.rows == 10
+    store = DatasetStore.create(tmp_path / "data", "lab/cube", small_embodiment(), FPS)
+    store.append(folder)
+    x_m = read_episode(tmp_path / "data", 0)["observation.state"][:, 0]
+    np.testing.assert_allclose(np.diff(x_m), SPEED_M_S * PERIOD_NS * 1e-9, atol=1e-3)
+
+
 def test_the_last_row_waits_for_the_other_cameras_picture(recorder):
     """It is taken 4 ms after the row's own, and after the last sample of the arm."""
     recorder.start("pick up the cube")

@@ -149,6 +149,8 @@ def test_episodes_survive_kill_9(ros, settings):
     cell.run(30)
     first_tick = cell.tick
     assert not cell.call(Trigger, "start_episode").success
+    assert cell.call(Trigger, "end_episode").success
+    cell.run(10)  # a person thinks about how it went
     answer = cell.call(SetBool, "save_episode", data=True)
     assert answer.success, answer.message
     figures = json.loads(answer.message)
