@@ -22,7 +22,7 @@ def pad_resize(pictures: Tensor, size: tuple[int, int]) -> Tensor:
     if (height, width) == size:
         return pictures
     ratio = max(width / size[1], height / size[0])
-    rows, columns = int(height / ratio), int(width / ratio)
+    rows, columns = max(1, int(height / ratio)), max(1, int(width / ratio))  # also of a line of pixels
     x = F.interpolate(pictures, size=(rows, columns), mode="bilinear", align_corners=False).clamp(0.0, 1.0)
     top, left = (size[0] - rows) // 2, (size[1] - columns) // 2
     return F.pad(x, (left, size[1] - columns - left, top, size[0] - rows - top))
