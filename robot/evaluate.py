@@ -104,6 +104,7 @@ def evaluate(config: EvalConfig) -> None:
         endpoint = switch.endpoint if switch is not None else config.policy_endpoint
         args = {"policy_endpoint": endpoint, "instruction": config.instruction}
         session = exits.enter_context(Session(config.session, config.embodiment, "evaluate", needs, args, log))
+        session.call("runtime_node/stop")  # whoever started it: a person is about to set up the first scene
         for seed, policy in tqdm(missing, unit="trial", desc=f"eval {config.label}"):
             if switch is not None:
                 switch.choose(plan.policies[policy])

@@ -45,7 +45,7 @@ def test_trials_that_are_there_are_not_repeated(run):
     run({0: SOLVED}, trials=1, seed=0, trial_s=5.0)
     session = run({1: SOLVED}, trials=3, seed=0, trial_s=5.0)
     assert [trial["seed"] for trial in run.trials()] == [0, 1, 2]
-    assert session.calls[0] == (1, "runtime_node/start")
+    assert session.calls[:2] == [(-1, "runtime_node/stop"), (1, "runtime_node/start")]  # the first before any scene
     assert run({}, trials=3, seed=0).opened == 0
     run({0: SOLVED}, trials=1, seed=0, label="after", trial_s=5.0)
     assert len(run.trials("after")) == 1
@@ -53,7 +53,7 @@ def test_trials_that_are_there_are_not_repeated(run):
 
 def test_the_policy_is_stopped_after_every_trial(run):
     session = run({0: {"fault_s": 1.0}, 1: SOLVED}, trials=2, seed=0, trial_s=5.0)
-    assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop"] * 2
+    assert [call[1] for call in session.calls[1:]] == ["runtime_node/start", "runtime_node/stop"] * 2
 
 
 def test_a_person_is_asked_only_once_the_policy_is_off(run, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_person_is_asked_only_once_the_policy_is_off(run, monkeypatch):
     monkeypatch.setattr(ScriptedScene, "success", lambda scene: None)
     monkeypatch.setattr(ScriptedScene, "judge", judge)
     run(session, trials=2, seed=0, trial_s=2.0)
-    assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop", "judge"] * 2
+    assert [call[1] for call in session.calls[1:]] == ["runtime_node/start", "runtime_node/stop", "judge"] * 2
     first, second = run.trials()
     assert (first["success"], second["success"], second["fault"]) == (True, False, "")
     assert first["duration_s"] == first["time_to_success_s"] == pytest.approx(2.1, abs=0.11)
@@ -81,19 +81,19 @@ def test_the_policy_is_stopped_however_a_trial_ends(run, error):
     session.check_arm = Mock(side_effect=error)
     with pytest.raises(error):
         run(session, trials=1, seed=0)
-    assert [call[1] for call in session.calls] == ["runtime_node/start", "runtime_node/stop"]
+    assert [call[1] for call in session.calls[1:]] == ["runtime_node/start", "runtime_node/stop"]
 
 
 @pytest.mark.parametrize("error", [SessionError("the wrist camera died"), RobotFault("reflex"), KeyboardInterrupt()])
 def test_a_stop_that_fails_is_told_after_what_ended_the_trial(run, error):
     session = ScriptedSession({})
     session.check_arm = Mock(side_effect=error)
-    session.call = Mock(side_effect=["", SessionError("nobody answers runtime_node/stop")])
+    session.call = Mock(side_effect=["", "", SessionError("nobody answers runtime_node/stop")])
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SessionError) as raised:
         run(session, trials=2, seed=0)
     assert str(raised.value).startswith(str(error))
     assert "nobody answers" in "".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
-    assert session.call.call_count == 2
+    assert session.call.call_count == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
