@@ -122,7 +122,7 @@ class ArmDriver:
                     self.num_rejected[str(self.machine.state)] += 1
                     return False
                 action = check_action(action)
-                if lost := next((i.name for i in self._inputs if i.is_lost(time.monotonic())), ""):
+                if lost := self.lost_input():
                     self.num_rejected[lost] += 1
                     return False
                 if not self.machine.run():
@@ -163,7 +163,8 @@ class ArmDriver:
             self.machine.fault(reason)
 
     def home(self) -> Future:
-        """Go to the embodiment's home joints and open nothing. The future ends with None, or with RuntimeError."""
+        """Go to the embodiment's home joints and open nothing. The future ends with None, or with RuntimeError: so it
+        does, without a fault, when the dead-man is released or the heartbeat is lost, before it or on the way."""
         return self._ask("home")
 
     def acknowledge(self) -> Future:
@@ -201,7 +202,9 @@ class ArmDriver:
             allowed = (State.FAULT,) if what == "acknowledge" else (State.IDLE, State.RUNNING, State.HOLD)
             is_busy = getattr(self._worker.requests, what) is not None or not self._worker.is_usable
             if is_busy or self.machine.state not in allowed:
-                future.set_exception(RuntimeError(f"{what} refused: {self.machine.state}, {self.machine.reason}"))
+                finish(future, RuntimeError(f"{what} refused: {self.machine.state}, {self.machine.reason}"))
+            elif what == "home" and (lost := self.lost_input()):
+                finish(future, RuntimeError(f"home refused: {lost}"))
             else:
                 setattr(self._worker.requests, what, future)
         return future
@@ -209,6 +212,10 @@ class ArmDriver:
     def _may_take_actions(self) -> bool:
         moving = self._worker.is_homing or self._worker.requests.home is not None
         return not moving and self.machine.state not in (State.FAULT, State.DISCONNECTED)
+
+    def lost_input(self) -> str:
+        """Name of an input without which the arm shall not move, and which is not heard; "": none."""
+        return next((live.name for live in self._inputs if live.is_lost(time.monotonic())), "")
 
     @property
     def _inputs(self) -> tuple[LiveInput, LiveInput]:

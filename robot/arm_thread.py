@@ -209,16 +209,20 @@ class ArmThread(threading.Thread):
             self._end_stream()
             with driver.lock:
                 driver.machine.idle("going home")
-            if driver.gripper is not None and not driver.gripper.knows_its_width:
-                driver.gripper.rehome()
+                if why := self._why_stand():  # since it was asked for; to end a stream takes its time
+                    return self._stay(f"home refused: {why}")
+                if driver.gripper is not None and not driver.gripper.knows_its_width:
+                    driver.gripper.rehome()
             goal_rad = np.array(driver.embodiment.home_joint_pos_rad)
             dynamics = franky.RelativeDynamicsFactor(self.config.home_dynamics_factor)
             self._robot.move(franky.JointMotion(goal_rad.tolist(), relative_dynamics_factor=dynamics), True)
-            until_s = time.monotonic() + self.config.home_timeout_s
-            self._wait_motion(until_s)
+            why = self._wait_motion(time.monotonic() + self.config.home_timeout_s)
             away_rad = float(np.abs(driver.samples[-1].q_rad - goal_rad).max())
             if driver.machine.state is State.FAULT or away_rad > AT_HOME_RAD:
-                raise RuntimeError(f"stopped {away_rad:.3f} rad away from home ({driver.machine.reason})")
+                text = f"stopped {away_rad:.3f} rad away from home ({why or driver.machine.reason})"
+                if why:
+                    return self._stay(text)
+                raise RuntimeError(text)
             with driver.lock:
                 driver.path.reset(driver.samples[-1].T_base_tcp)
                 driver.machine.reason = "at home"
@@ -229,20 +233,34 @@ class ArmThread(threading.Thread):
         finally:
             self.requests.home, self.is_homing = None, False
 
+    def _why_stand(self) -> str:
+        """What forbids a motion: a fault, or an input that is not heard; "": nothing."""
+        machine = self.driver.machine
+        return machine.reason if machine.state is State.FAULT else self.driver.lost_input()
+
+    def _stay(self, text: str) -> None:
+        """Not home, for a fault that is latched already or for an input, which is no fault."""
+        with self.driver.lock:
+            if self.driver.machine.state is not State.FAULT:
+                self.driver.machine.reason = text
+        finish(self.requests.home, RuntimeError(text))
+
     def _refuse_home(self) -> None:
         """What was asked for just before a fault."""
         future, self.requests.home = self.requests.home, None
         finish(future, RuntimeError(self.driver.machine.reason))
 
-    def _wait_motion(self, until_s: float) -> None:
-        """Until the motion has ended; a fault or a timeout ends it. Raises what the motion ended with."""
+    def _wait_motion(self, until_s: float) -> str:
+        """Until the motion has ended; a fault, an input that is lost or a timeout ends it. Returns `_why_stand` of what
+        ended it. Raises what the motion ended with."""
         while not has_ended(self._robot):
             self.beat_s = time.monotonic()
             self._read()
-            if self.driver.machine.state is State.FAULT or self.beat_s > until_s or self.requests.closing.is_set():
+            if (why := self._why_stand()) or self.beat_s > until_s or self.requests.closing.is_set():
                 brake_in_joint_space(self._robot, self._read)
-                return
+                return why
             time.sleep(0.01)
+        return ""
 
     def _recover(self) -> None:
         """An operator has acknowledged: clear the robot's error, then ours."""

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 
+import franky
 import numpy as np
 import pytest
 
@@ -210,6 +211,51 @@ def test_stop_ends_the_motion_and_needs_an_acknowledgement(arm, cell):
     with pytest.raises(RuntimeError):
         arm.home().result(PATIENCE_S)
     arm.acknowledge().result(PATIENCE_S)
+    arm.home().result(PATIENCE_S)
+
+
+class Watched:
+    """The real robot, which notes the motions that it is given, and calls `at_brake` when it is to brake."""
+
+    def __init__(self, robot, at_brake):
+        self._robot, self._at_brake, self.motions = robot, at_brake, []
+
+    def __getattr__(self, name):
+        return getattr(self._robot, name)
+
+    def move(self, motion, *args, **settings):
+        self.motions.append(type(motion))
+        if isinstance(motion, franky.JointStopMotion):
+            self._at_brake()
+        return self._robot.move(motion, *args, **settings)
+
+
+def test_no_motion_home_begins_when_a_stop_came_first(arm, cell):
+    arm._worker._robot = watched = Watched(arm._worker._robot, arm.stop)  # before its stream begins
+    play(arm, cell, [move(0.03)] * 2)
+    first = len(watched.motions)
+    assert arm.home().exception(PATIENCE_S) is not None
+    wait_for(lambda: not arm._worker.is_homing, PATIENCE_S, "the end of it")
+    assert watched.motions[first:] == [franky.JointStopMotion]  # the stream's own
+    assert arm.snapshot().state is State.FAULT
+
+
+@pytest.mark.parametrize("name", ["deadman", "heartbeat"])
+def test_the_way_home_needs_the_inputs_too(arm, cell, name):
+    play(arm, cell, [move(0.03)] * 4)
+    live, pos_m = getattr(arm, name), lambda: arm.snapshot().sample.T_base_tcp[:3, 3]
+    live.timeout_s, begun_m = 1000.0, pos_m()
+    with pytest.raises(RuntimeError, match=f"refused: {live.name}"):
+        arm.home().result(PATIENCE_S)
+    live.hear(True, time.monotonic())
+    going = arm.home()
+    wait_for(lambda: bool(np.linalg.norm(pos_m() - begun_m) > 0.01), PATIENCE_S, "a motion home")
+    live.hear(False, time.monotonic())
+    with pytest.raises(RuntimeError, match=f"away from home .{live.name}"):
+        going.result(PATIENCE_S)
+    assert cell.cell.robot.motion is None
+    assert arm.snapshot().state is State.IDLE  # to let go is no fault
+    live.hear(True, time.monotonic())
     arm.home().result(PATIENCE_S)
 
 

@@ -67,7 +67,11 @@ class Driving:
         wait_for(lambda: self.arm.snapshot().state is not State.DISCONNECTED, PATIENCE_S, "connecting")
         if self.arm.snapshot().state is State.FAULT:
             self.arm.acknowledge().result(PATIENCE_S)
-        self.arm.home().result(PATIENCE_S)
+        self.hear(True)
+        going = self.arm.home()
+        wait_for(lambda: self.hear(True) or going.done(), PATIENCE_S, "home")
+        going.result()
+        self.hear(False)
         self._thread.start()
 
     def __enter__(self):
@@ -91,6 +95,10 @@ class Driving:
                 n += self.arm.command(step, tick_ns - PERIOD_NS)
             except UnsafeAction as error:
                 self.refusals.append(str(error))
+
+    def hear(self, is_pressed):
+        self.arm.hear_heartbeat()
+        self.arm.hear_deadman(is_pressed)
 
     def moving(self):
         before = self.arm.snapshot().num_actions
