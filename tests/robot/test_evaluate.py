@@ -96,8 +96,17 @@ def test_a_stop_that_fails_is_told_after_what_ended_the_trial(run, error):
     assert session.call.call_count == 3
 
 
+@pytest.fixture
+def default_signals():
+    """Whatever the tests themselves were started by, such as nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_terminal_that_closes_ends_a_trial_as_ctrl_c_does(number):
+def test_a_terminal_that_closes_ends_a_trial_as_ctrl_c_does(number, default_signals):
     stop = Mock()
     stop.call.side_effect = lambda _: os.kill(os.getpid(), signal.SIGHUP)  # the shell sends one as well
 

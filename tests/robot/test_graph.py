@@ -55,7 +55,7 @@ class Probe:
         self.node = Node("probe", context=self.context, enable_rosout=False)
         self.executor = EventsExecutor(context=self.context)
         self.executor.add_node(self.node)
-        self.status, self.stamps, self.target_z, self.last = {}, {}, [], {}
+        self.status, self.stamps, self.target_z, self.last, self.clients = {}, {}, [], {}, {}
         for topic in ("safety_state", "runtime_status"):
             self.node.create_subscription(DiagnosticStatus, topic, lambda m, t=topic: self._on_status(t, m), 10)
         for camera in ("third_person", "wrist"):
@@ -111,8 +111,10 @@ class Probe:
             self.executor.spin_once(timeout_sec=0.05)
 
     def call(self, service):
-        client = self.node.create_client(Trigger, service)
-        self.wait(client.service_is_ready, service)
+        if (client := self.clients.get(service)) is None:
+            client = self.clients[service] = self.node.create_client(Trigger, service)
+            self.wait(client.service_is_ready, service)
+            self.spin(0.5)  # the node's way back is found apart from ours to it, and an answer before that is lost
         future = client.call_async(Trigger.Request())
         self.wait(future.done, f"an answer of {service}")
         return future.result()
