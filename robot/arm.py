@@ -161,6 +161,8 @@ class ArmDriver:
                 if self.config.fault_dir:
                     self._save_at_s = time.monotonic() + AFTER_S
             self.machine.fault(reason)
+            if self.gripper is not None:
+                self.gripper.forget()
 
     def home(self) -> Future:
         """Go to the embodiment's home joints and open nothing. The future ends with None, or with RuntimeError: so it

@@ -28,6 +28,8 @@ LEAVE_S = 1.5  # a command under way may finish before the hand is let go
 SAME_OPENING_M = 0.004
 GRASP_EPSILON_M = 0.1  # wide: whatever is between the fingers is the object
 
+Task = tuple[str, float, float]  # "grasp" or "move" or "homing", opening, what `sent` is then
+
 _left_behind: list[object] = []  # destroying a future that never ends would wait for it
 
 
@@ -45,8 +47,8 @@ class GripperDriver:
         self.is_grasped = False
         self.dead = self.is_silent = False
         self._on_fault = on_fault
-        self._wanted: tuple[str, float] | None = None  # ("grasp" or "move" or "homing", opening)
-        self._doing: tuple[str, float] | None = None
+        self._wanted: Task | None = None
+        self._doing: Task | None = None  # or done last
         self._future: franky.BoolFuture | None = None
         self._began_s = 0.0
         self._beat_s = time.monotonic()
@@ -66,19 +68,27 @@ class GripperDriver:
         """`value` in [-1, 1], finite."""
         self.requested = value
         if value < -self.config.hysteresis:
-            self.sent, wanted = -1.0, ("grasp", self.embodiment.gripper_closed_m)
+            wanted = ("grasp", self.embodiment.gripper_closed_m, -1.0)
         elif value > self.config.hysteresis:
-            self.sent, wanted = value, ("move", float(self.embodiment.gripper_opening_m(value)))
+            wanted = ("move", float(self.embodiment.gripper_opening_m(value)), value)
         else:
             return
         with self._lock:
+            self.sent = wanted[2]
             if self._wanted is None or not _same(self._wanted, wanted):
                 self._wanted = wanted
+
+    def forget(self) -> None:
+        """Begin nothing any more that was asked for till now. What is under way ends (see above)."""
+        with self._lock:
+            self._wanted = None
+            if self._doing is not None:
+                self.sent = self._doing[2]
 
     def rehome(self) -> None:
         """Find the finger travel anew; a hand that was just switched on does not know it."""
         with self._lock:
-            self._wanted, self._doing = ("homing", 0.0), None
+            self._wanted, self._doing = ("homing", 0.0, self.sent), None
 
     @property
     def knows_its_width(self) -> bool:
@@ -123,16 +133,16 @@ class GripperDriver:
 
     def _advance(self, gripper: franky.Gripper) -> None:
         """Wait for what runs; then begin what is wanted by now."""
-        with self._lock:
-            wanted = self._wanted
         if self._future is not None:
             if not self._future.wait(0):
                 if time.monotonic() - self._began_s > self.config.command_timeout_s:
                     self._give_up(f"gripper did not finish {self._doing[0]} in {self.config.command_timeout_s:.1f} s")
                 return
             self._finish()
+        with self._lock:
+            wanted = self._wanted
         if wanted is not None and (self._doing is None or not _same(wanted, self._doing)):
-            kind, opening_m = self._doing = wanted
+            kind, opening_m, _ = self._doing = wanted
             self._began_s = time.monotonic()
             speed = self.config.speed_m_s
             if kind == "grasp":
@@ -156,7 +166,7 @@ class GripperDriver:
             self._on_fault(reason)
 
 
-def _same(a: tuple[str, float], b: tuple[str, float]) -> bool:
+def _same(a: Task, b: Task) -> bool:
     return a[0] == b[0] and abs(a[1] - b[1]) < SAME_OPENING_M
 
 

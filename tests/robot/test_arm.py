@@ -169,6 +169,32 @@ def test_a_hand_that_changes_its_mind_finishes_first(arm, cell, monkeypatch):
     assert not any(under_way)
 
 
+def test_a_stop_leaves_the_hand_what_it_does_and_nothing_after_it(arm, cell, monkeypatch):
+    hand, begun, accept = cell.cell.hand, [], cell.cell.hand._accept
+
+    def accept_and_note(number, request_id, body):
+        begun.append(number)
+        accept(number, request_id, body)
+
+    monkeypatch.setattr(hand, "_accept", accept_and_note)
+    arm.gripper.command(OPEN)
+    wait_for(lambda: arm.gripper._doing is not None and arm.gripper._future is None, PATIENCE_S, "an open hand")
+    begun.clear()
+    arm.gripper.command(CLOSE)
+    wait_for(lambda: len(begun) == 1, PATIENCE_S, "closing")
+    arm.gripper.command(OPEN)  # queued
+    arm.stop()
+    assert arm.snapshot().gripper_sent == CLOSE
+    wait_for(lambda: arm.gripper._future is None, PATIENCE_S, "the end of it")
+    looked_s = arm.gripper._beat_s
+    wait_for(lambda: arm.gripper._beat_s > looked_s + 0.2, PATIENCE_S, "more looks at what is wanted")
+    assert len(begun) == 1
+    assert arm.snapshot().gripper_opening_m < 0.01
+    arm.acknowledge().result(PATIENCE_S)
+    play(arm, cell, [move(gripper=OPEN)])
+    wait_for(lambda: arm.snapshot().gripper_opening_m > 0.075, PATIENCE_S, "opening")
+
+
 def test_the_thread_that_constructs_the_robot_does_not_stay_real_time(arm):
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
     for thread in threading.enumerate():
