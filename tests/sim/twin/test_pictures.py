@@ -82,6 +82,7 @@ def test_all_renderers_give_the_same_observation(embodiment, scene, robot_only):
     assert (top[..., 2] > top[..., 0] + 60).any()  # the background is the splat scene's
 
 
+@pytest.mark.slow
 def test_a_worker_whose_answer_nobody_reads_ends_by_itself(embodiment, robot_only):
     """More than a pipe holds: SAPIEN's part of the pictures."""
     config = dataclasses.replace(splats(robot_only), render="composite", picture_width=160, picture_height=120)

@@ -186,7 +186,6 @@ def kill_worker(env: TwinVectorEnv) -> None:
     process.join()
 
 
-@pytest.mark.timeout(300)  # three imports of ManiSkill
 def test_a_dead_worker_costs_all_its_environments_their_episodes_and_a_reset_nothing(embodiment, caplog):
     still = np.zeros((2, 3, 7), np.float32)
     with TwinVectorEnv(TwinConfig(), embodiment, 2, 1, auto_reset=False, render=False) as env:
@@ -203,6 +202,12 @@ def test_a_dead_worker_costs_all_its_environments_their_episodes_and_a_reset_not
         assert result.lost.tolist() == [False, False]
         assert result.episode_len.tolist() == [6, 3]
 
+
+@pytest.mark.slow
+def test_every_environment_of_a_dead_worker_is_told_by_itself(embodiment):
+    still = np.zeros((2, 3, 7), np.float32)
+    with TwinVectorEnv(TwinConfig(), embodiment, 2, 1, auto_reset=False, render=False) as env:
+        env.reset([11, 8])
         kill_worker(env)
         assert "T_base_target" in env.info_poses([0])[0]  # of the new worker
         for alone in ([0], [1]):
