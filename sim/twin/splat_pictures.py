@@ -61,6 +61,7 @@ class SplatPictures:
         if len(poses) != len(views):  # a scene that is wholly fixed
             poses = poses.expand(len(views), -1, 4, 4)
         light = torch.tensor([view.light for view in views])
+        light = None if bool((light == 1.0).all()) else light  # a pass over all pictures less
         if self._composite:
             rgb, depth_m = (self._stacked([getattr(view, key) for view in views]) for key in ("rgb", "depth_m"))
             pictures = self._renderer.composite(poses, cameras, rgb, depth_m, self._fixed, light)
