@@ -28,6 +28,8 @@ from sim.twin.vector_env import TwinVectorEnv
 from tests.bench.bench_twin import figure, merge, steps_per_s
 
 SUITE, CHUNK = "libero_spatial", 8
+# What is explored are ways, as in bench_rl_co: the executed steps of a chunk share a softer draw (docs/training.md).
+EXPLORE = ["policy.flow.hold=8", "noise_level=0.25", "algo.update_epochs=4", "algo.target_kl=0.1"]
 
 
 def main() -> None:
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--run", default="runs/bench_libero", help="train: the run's folder")
     parser.add_argument("--demos", type=int, default=150)
     parser.add_argument("--sft-seconds", type=float, default=90.0)
+    parser.add_argument("--algorithms", nargs="*", choices=("ppo", "grpo"), default=["ppo", "grpo"], help="train")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=64, help="of an iteration")
     parser.add_argument("--envs", type=int, default=32)
@@ -112,11 +115,11 @@ def train(part: str, args: argparse.Namespace) -> dict[str, Any]:
     first = stage("sft", "sft", *learnt, device)
     before = evaluated("eval_sft", first["version"])
     figures = {}
-    for algorithm in ("ppo", "grpo"):
+    for algorithm in args.algorithms:
         name, bundle = f"train_{algorithm}", run / "checkpoints" / f"{first['version']:06d}"
         keys = [f"algo={algorithm}", "algo.beta=0", f"iterations={args.iterations}", f"episodes={args.episodes}"]
         keys += [f"envs={args.envs}", "save_every=1000", "algo.batch_size=256", "algo.micro_batch_size=256", device]
-        trained = stage(name, "train", f"stage={name}", f"checkpoint={bundle}", *keys, *libero)
+        trained = stage(name, "train", f"stage={name}", f"checkpoint={bundle}", *keys, *EXPLORE, *libero)
         after = evaluated(f"eval_{algorithm}", trained["version"])
         history = json.loads((run / "curves" / f"{name}.json").read_text())
         more = {key: after[key] for key in ("trials", "wilson_low", "wilson_high")}
