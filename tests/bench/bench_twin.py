@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bridge.config import load
 from bridge.dataset import DatasetStore
@@ -64,13 +65,17 @@ def main() -> None:
 def merge(path: Path, figures: dict[str, Any], name: str = "twin") -> None:
     """Each of our figures names its own machine; the file's head stays that of whoever wrote it first."""
     machine = {"cpu_cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()}
+    parts = [f"{os.cpu_count()} CPU cores"]
+    if torch.cuda.is_available():
+        machine["gpu"] = f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
+        parts.append(machine["gpu"])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     head = {"name": name, "date": time.strftime("%Y-%m-%d"), "commit": commit}
     head |= {"command": f"python -m tests.bench.bench_{name}", "machine": machine, "figures": {}}
     found = json.loads(path.read_text()) if path.exists() else head
     where = {"machine": machine, "commit": commit, "date": head["date"], "command": head["command"]}
     for name, one in figures.items():  # tables show one machine a file, so a figure of another says so itself
-        here = "" if found["machine"] == machine else f"; on {machine['cpu_cores']} CPU cores"
+        here = "" if found["machine"] == machine else f"; on {' and '.join(parts)}"
         found["figures"][name] = one | where | {"peer_name": one["peer_name"] + here}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
