@@ -5,12 +5,11 @@ With `plan=FILE` (`bridge.trials`) several checkpoints meet the same scenes and 
 that have a line already are not repeated: an interrupted plan goes on, and ends with the lines of an uninterrupted one.
 """
 
-import contextlib
 import json
-import multiprocessing as mp
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from bridge.statistics import success_figures
 from bridge.trials import Plan, load_plan, report
 from learner.load import load_policy
 from learner.policy import ObservationBatch
+from sim.pool import in_order
 from sim.stand_in.config import CellConfig
 from sim.stand_in.lockstep import LockStepCell
 
@@ -85,15 +85,13 @@ def evaluate(plan: Plan, lines: Path, config: CellEvalConfig) -> None:
         )
     folders = {name: (Path(place), infos[name].version) for name, place in plan.policies.items()}
     begin = folders, config.cell, config.max_steps
-    with contextlib.ExitStack() as exits:
-        if config.workers == 1:
-            _begin(*begin)
-            trials = map(_trial, missing)
-        else:
-            pool = exits.enter_context(mp.get_context("spawn").Pool(config.workers, _begin, begin))
-            trials = pool.imap(_trial, missing)
-        for trial in tqdm(trials, total=len(missing), desc="cell trials", unit="trial"):
-            append_line(lines, trial)
+    if config.workers == 1:
+        _begin(*begin)
+        trials: Iterable[dict[str, Any]] = map(_trial, missing)
+    else:
+        trials = in_order(_trial, missing, config.workers, _begin, begin)
+    for trial in tqdm(trials, total=len(missing), desc="cell trials", unit="trial"):
+        append_line(lines, trial)
 
 
 _cell: LockStepCell | None = None  # of this process, or this worker of its pool

@@ -10,8 +10,8 @@ robot side; `cotwin record` is the one that drives the robot. `world=libero` doe
 expert knows: `libero.suite=libero_spatial embodiment=libero`.
 """
 
+import itertools
 import json
-import multiprocessing as mp
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,6 +28,7 @@ from bridge.embodiment import Embodiment
 from bridge.run_files import append_line, read_lines, write_stage
 from bridge.statistics import wilson_interval
 from sim.libero.config import LiberoConfig
+from sim.pool import in_order
 from sim.stand_in.config import CellConfig
 from sim.twin.config import TwinConfig
 from sim.twin.scripted import behaviour
@@ -162,14 +163,7 @@ def record(config: TwinDemosConfig, store: DatasetStore, attempts_file: Path) ->
 
 def _attempts(config: TwinDemosConfig, spool: Path, first_seed: int) -> Iterator[Attempt]:
     """Attempts in the order of their seeds, whatever process made them."""
-    context = mp.get_context("spawn")
-    with context.Pool(config.workers, _begin, (config, str(spool))) as pool:
-        jobs = [pool.apply_async(_attempt, (first_seed + ahead,)) for ahead in range(2 * config.workers)]
-        next_seed = first_seed + len(jobs)
-        while True:
-            yield jobs.pop(0).get(timeout=600)
-            jobs.append(pool.apply_async(_attempt, (next_seed,)))
-            next_seed += 1
+    return in_order(_attempt, itertools.count(first_seed), config.workers, _begin, (config, str(spool)))
 
 
 _twin: Any = None  # of this worker process
