@@ -1,4 +1,4 @@
-"""Work shared among processes that are prepared once, answers in order; a process that dies is an error, not a wait.
+"""Work shared among prepared processes, answers in order; one that dies is an error.
 
 `multiprocessing.Pool` replaces a process that dies and forgets what it was at: where each dies at its start (a package
 or a driver is missing) it goes on starting them for ever."""
